@@ -1,0 +1,155 @@
+"""transformers' models: building one empty, and the ``quantization_config`` of its config.json."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbits.errors import CheckpointNotFoundError, ConfigError, FewbitsWarning, MissingDependencyError
+from fewbits.formats import FORMATS, QuantSpec
+from fewbits.meta import init_empty_weights
+from fewbits.modules import is_linear
+from fewbits.statedict import dtype_name
+from fewbits.tensor import QuantTensor
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            "from_pretrained needs transformers", hint='pip install "fewbits[transformers]", or use fewbits.load'
+        ) from error
+    return transformers
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration of a checkpoint folder (or of the folder that a checkpoint file lies in).
+
+    Raises:
+        CheckpointNotFoundError: there is no config.json.
+        ConfigError: it is not one that transformers knows, or it wants code of its own to be run.
+    """
+    transformers = _transformers()
+    folder = folder if folder.is_dir() else folder.parent
+    if not (folder / "config.json").exists():
+        raise CheckpointNotFoundError(
+            "there is no config.json", file=folder, hint="use fewbits.load with a model that you build yourself"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ConfigError(f"transformers cannot read the config: {error}", file=folder / "config.json") from error
+
+
+def build_empty(config: Any, folder: Path) -> nn.Module:
+    """The model that a configuration names, on the meta device, its generation settings read if there are any.
+
+    Raises:
+        ConfigError: it names no class that transformers has.
+    """
+    transformers = _transformers()
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise ConfigError(
+            f"transformers has no class {names[0]!r}" if names else "the config names no architecture",
+            file=folder / "config.json",
+            expected='"architectures": [a class of transformers]',
+            hint="use fewbits.load with a model that you build yourself",
+        )
+    with init_empty_weights():
+        model: nn.Module = kind._from_config(config)
+    if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def recorded_settings(config: Any) -> dict[str, Any] | None:
+    """The settings of :class:`~fewbits.QuantizationConfig` that a ``quantization_config`` records, if there is one.
+
+    Raises:
+        ConfigError: it records another method than bitsandbytes' formats.
+    """
+    recorded = getattr(config, "quantization_config", None)
+    if recorded is None:
+        return None
+    recorded = recorded if isinstance(recorded, dict) else recorded.to_dict()
+    if recorded.get("quant_method") != "bitsandbytes":
+        raise ConfigError(
+            f"the checkpoint is quantized with {recorded.get('quant_method')!r}",
+            expected="bitsandbytes' 4-bit or 8-bit format",
+            hint="load it with the tool that made it",
+        )
+    if recorded.get("load_in_8bit"):
+        return {"format": "int8", "llm_int8_threshold": float(recorded.get("llm_int8_threshold", 6.0))}
+    return {
+        "format": recorded.get("bnb_4bit_quant_type", "fp4"),
+        "double_quant": bool(recorded.get("bnb_4bit_use_double_quant", False)),
+        "compute_dtype": recorded.get("bnb_4bit_compute_dtype"),
+    }
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether the model has a transformers configuration."""
+    return hasattr(getattr(model, "config", None), "to_diff_dict")
+
+
+def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
+    """The ``quantization_config`` under which transformers with bitsandbytes loads this model's checkpoint.
+
+    ``None`` if nothing is quantized. One such config can describe one format on linear layers; with a warning, a model
+    that is more than that gets the config of the format most of its weights have.
+    """
+    specs: dict[QuantSpec, int] = {}
+    skipped, foreign = [], False
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, QuantTensor):
+            specs[weight.spec] = specs.get(weight.spec, 0) + weight.numel()
+            foreign |= not is_linear(module)
+        elif is_linear(module):
+            skipped.append(name)
+    if not specs:
+        return None
+    spec = max(specs, key=lambda s: specs[s])
+    if foreign or len({(s.format, s.double_quant) for s in specs}) > 1:
+        warnings.warn(
+            "the model mixes formats or quantizes more than linear layers: fewbits loads it again, "
+            "transformers with bitsandbytes cannot",
+            FewbitsWarning,
+            stacklevel=4,
+        )
+    four = FORMATS[spec.format].blocked
+    compute = spec.compute_dtype or torch.float32
+    return {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "bnb_4bit_quant_type": spec.format if four else "fp4",
+        "bnb_4bit_use_double_quant": spec.double_quant,
+        "bnb_4bit_compute_dtype": dtype_name(compute),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_threshold": spec.threshold,
+        "llm_int8_skip_modules": skipped or None,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+def record_config(model: nn.Module) -> None:
+    """Write the ``quantization_config`` into a transformers model's configuration, or remove one that is stale."""
+    if not is_transformers_model(model):
+        return
+    config: Any = model.config
+    recorded = bitsandbytes_config(model)
+    if recorded is not None:
+        config.quantization_config = recorded
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config

@@ -1,0 +1,204 @@
+"""The operators: their schemas, fakes and gradients, and the one place that picks an implementation.
+
+An operator takes plain tensors only. What runs it is a backend, a namespace with a function of the operator's name;
+a backend need not have them all, since ``reference`` (plain torch, any device) stands behind each. The environment
+variable ``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
+
+Shapes, dtypes and the arithmetic of every operator are in :mod:`fewbits.kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import ConfigError
+from fewbits.kernels import reference
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference}
+_PREFERRED: dict[str, str] = {}  # device type → backend; a device that is not listed runs the reference
+_forced: str | None = None
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_STATE = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
+_SCHEMAS = {
+    "quantize_4bit": "(Tensor w, str format, int block_size) -> (Tensor, Tensor)",
+    "quantize_absmax": "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+    "quantize_int8": "(Tensor w) -> (Tensor, Tensor)",
+    "dequantize_4bit": f"({_STATE}, str format, int block_size, int[] shape, ScalarType dtype) -> Tensor",
+    "dequantize_int8": "(Tensor q, Tensor absmax, ScalarType dtype) -> Tensor",
+    "linear_4bit": f"(Tensor x, {_STATE}, Tensor? bias, str format, int block_size, int[] shape) -> Tensor",
+    "linear_4bit_t": f"(Tensor g, {_STATE}, str format, int block_size, int[] shape) -> Tensor",
+    "linear_int8": "(Tensor x, Tensor q, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
+    "linear_int8_t": "(Tensor g, Tensor q, Tensor absmax) -> Tensor",
+    "embedding_4bit": (f"(Tensor ids, {_STATE}, str format, int block_size, int[] shape, ScalarType dtype) -> Tensor"),
+    "embedding_int8": "(Tensor ids, Tensor q, Tensor absmax, ScalarType dtype) -> Tensor",
+}
+
+
+def force_backend(name: str | None) -> None:
+    """Run every operator on the named backend; ``None`` goes back to choosing by device."""
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ConfigError(f"unknown backend {name!r}", expected=f"one of {', '.join(sorted(BACKENDS))}")
+    _forced = name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend within a ``with`` block."""
+    before = _forced
+    force_backend(name)
+    try:
+        yield
+    finally:
+        force_backend(before)
+
+
+def backend_for(device_type: str) -> str:
+    """Name of the backend that runs operators on this type of device now."""
+    return _forced or _PREFERRED.get(device_type, "reference")
+
+
+def _dispatcher(op: str) -> Any:
+    def call(first: Tensor, *args: Any) -> Any:
+        implementation = getattr(BACKENDS[backend_for(first.device.type)], op, None) or getattr(reference, op)
+        return implementation(first, *args)
+
+    return call
+
+
+_library: Any = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
+
+ops = torch.ops.fewbits
+
+# ------------------------------------------------------------------------------------------------- fakes
+
+
+def _fake(op: str) -> Callable[[_Function], _Function]:
+    """Register what an operator's result looks like, for tracing without data."""
+
+    def register(function: _Function) -> _Function:
+        torch.library.register_fake(f"fewbits::{op}", function)
+        return function
+
+    return register
+
+
+@_fake("quantize_4bit")
+def _(w: Tensor, format: str, block_size: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    return w.new_empty((n + 1) // 2, dtype=torch.uint8), w.new_empty(-(-n // block_size), dtype=torch.float32)
+
+
+@_fake("quantize_absmax")
+def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n = absmax.numel()
+    codes = absmax.new_empty(n, dtype=torch.uint8)
+    return codes, absmax.new_empty(-(-n // reference.NESTED_BLOCK)), absmax.new_empty(())
+
+
+@_fake("quantize_int8")
+def _(w: Tensor) -> tuple[Tensor, Tensor]:
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[:-1], dtype=torch.float32)
+
+
+@_fake("dequantize_4bit")
+def _(packed: Tensor, absmax: Tensor, na: Any, no: Any, format: str, block_size: int, shape: Any, dtype: Any) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@_fake("dequantize_int8")
+def _(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype)
+
+
+@_fake("linear_4bit")
+def _(x: Tensor, p: Any, a: Any, na: Any, no: Any, bias: Any, format: str, block_size: int, shape: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@_fake("linear_4bit_t")
+def _(g: Tensor, p: Any, a: Any, na: Any, no: Any, format: str, block_size: int, shape: Any) -> Tensor:
+    return g.new_empty((*g.shape[:-1], shape[1]))
+
+
+@_fake("linear_int8")
+def _(x: Tensor, q: Tensor, absmax: Tensor, bias: Any, threshold: float) -> Tensor:
+    return x.new_empty((*x.shape[:-1], q.shape[0]))
+
+
+@_fake("linear_int8_t")
+def _(g: Tensor, q: Tensor, absmax: Tensor) -> Tensor:
+    return g.new_empty((*g.shape[:-1], q.shape[1]))
+
+
+@_fake("embedding_4bit")
+def _(ids: Tensor, p: Any, a: Any, na: Any, no: Any, format: str, block_size: int, shape: Any, dtype: Any) -> Tensor:
+    return ids.new_empty((*ids.shape, shape[1]), dtype=dtype)
+
+
+@_fake("embedding_int8")
+def _(ids: Tensor, q: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, q.shape[1]), dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+# The weight is frozen; gradients go to the input and the bias. Each product's gradient is the other product, so that
+# they can be differentiated again. LLM.int8()'s rounding of x is passed straight through, as the paper does.
+
+
+def _bias_gradient(g: Tensor, needed: bool, dtype: torch.dtype | None) -> Tensor | None:
+    return g.reshape(-1, g.shape[-1]).sum(0, dtype=dtype) if needed else None
+
+
+def _setup_4bit(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_offset, bias, ctx.format, ctx.block_size, ctx.shape = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+
+
+def _backward_4bit(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = ops.linear_4bit_t(g, *ctx.saved_tensors, ctx.format, ctx.block_size, ctx.shape)
+    grad_bias = _bias_gradient(g, ctx.needs_input_grad[5], ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias, None, None, None
+
+
+def _setup_4bit_t(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_offset, ctx.format, ctx.block_size, ctx.shape = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset)
+
+
+def _backward_4bit_t(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+    grad = ops.linear_4bit(gg, *ctx.saved_tensors, None, ctx.format, ctx.block_size, ctx.shape)
+    return grad, None, None, None, None, None, None, None
+
+
+def _setup_int8(ctx: Any, inputs: Any, output: Tensor) -> None:
+    _, q, absmax, bias, _ = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(q, absmax)
+
+
+def _backward_int8(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = ops.linear_int8_t(g, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, _bias_gradient(g, ctx.needs_input_grad[3], ctx.bias_dtype), None
+
+
+torch.library.register_autograd("fewbits::linear_4bit", _backward_4bit, setup_context=_setup_4bit)
+torch.library.register_autograd("fewbits::linear_4bit_t", _backward_4bit_t, setup_context=_setup_4bit_t)
+torch.library.register_autograd("fewbits::linear_int8", _backward_int8, setup_context=_setup_int8)
+
+force_backend(os.environ.get("FEWBITS_BACKEND") or None)
