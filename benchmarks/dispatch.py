@@ -55,6 +55,9 @@ class Wrapped(torch.Tensor):
     def __init__(self, packed: torch.Tensor, scale: torch.Tensor) -> None:
         self.packed, self.scale = packed, scale
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({list(self.shape)})"
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["packed", "scale"], None
 

@@ -7,8 +7,10 @@
 
 from fewbits.config import QuantizationConfig
 from fewbits.errors import FewbitsError, FewbitsWarning
-from fewbits.load import from_pretrained, load, quantize
+from fewbits.inplace import quantize
+from fewbits.load import load
 from fewbits.meta import init_empty_weights
+from fewbits.pretrained import from_pretrained
 from fewbits.save import save
 from fewbits.summary import summary
 from fewbits.tensor import QuantTensor

@@ -4,13 +4,19 @@ The new files are written to a staging folder beside the target. Where the targe
 its other files (by hard link) and the two folders change places in one system call (``renameat2`` with
 ``RENAME_EXCHANGE`` on Linux, ``renamex_np`` with ``RENAME_SWAP`` on macOS). Where that is impossible (a mount point,
 the working directory, a file system without it), the files move in one by one: shards under names nobody has, then the
-index or single file that makes them a checkpoint, in one rename; only then do the old ones go.
+index that makes them a checkpoint, in one rename; only then do the old ones go. A folder then never holds two
+checkpoints without saying which is meant: an old index first takes the new one's name, which is then replaced, and an
+index that comes to stand beside an old single file names that file under ``metadata.replaces`` until it is gone.
+
+A saver holds a lock on its staging folder. Locks end with their process, so what is not locked was left by one that
+was killed. (A process id in the name would not tell: in a container the next process often has the same one.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -21,11 +27,17 @@ from pathlib import Path
 
 from fewbits.errors import FewbitsError, SaveError
 
-_STAGING = ".{name}.fewbits-{pid}-"
-# what a checkpoint consists of, whoever wrote it; these are replaced together, everything else is kept
-_CHECKPOINT_FILE = re.compile(
-    r"(model|pytorch_model)([-.][\w.-]*)?\.(safetensors|bin|pt|pth)(\.index\.json)?|config\.json|generation_config\.json"
-)
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing is locked, and nothing is taken for left behind
+    fcntl = None  # type: ignore[assignment]
+
+_STAGING = ".{name}.fewbits-"
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_INDEXES = tuple(f"{name}.index.json" for name in _SINGLES)
+# the names that transformers, Accelerate and fewbits write weights under; these are replaced together. Everything else
+# is kept: a "model.pt" or "model-best.safetensors" may be the only copy of something.
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\w{8})?-\d{5}-of-\d{5}\.(safetensors|bin)")
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # <fcntl.h>, <linux/fs.h>, <sys/stdio.h>
 
 
@@ -42,15 +54,15 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name belongs to a checkpoint and is replaced with it."""
-    return _CHECKPOINT_FILE.fullmatch(name) is not None
+    """Whether a file of this name belongs to a checkpoint and goes with it."""
+    return name in _SINGLES or name in _INDEXES or _WEIGHTS.fullmatch(name) is not None
 
 
 def _can_exchange(target: Path) -> bool:
     """Whether the folder can change places: it is no mount point or working directory, and the file system can."""
     if os.path.ismount(target) or target == Path.cwd() or target in Path.cwd().parents:
         return False
-    with tempfile.TemporaryDirectory(prefix=_STAGING.format(name=target.name, pid=os.getpid()), dir=target.parent) as d:
+    with tempfile.TemporaryDirectory(prefix=_STAGING.format(name=target.name), dir=target.parent) as d:
         probes = Path(d, "a"), Path(d, "b")
         for probe in probes:
             probe.mkdir()
@@ -68,12 +80,14 @@ def _sync(path: Path) -> None:
 def _link_tree(source: Path, target: Path, skip: Callable[[str], bool] = lambda name: False) -> None:
     for entry in os.scandir(source):
         place = target / entry.name
-        if skip(entry.name) or place.exists():
+        if skip(entry.name):
             continue
         if entry.is_dir(follow_symlinks=False):
-            place.mkdir()
+            place.mkdir(exist_ok=True)
             _link_tree(Path(entry.path), place)
             shutil.copystat(entry.path, place)
+        elif os.path.lexists(place):
+            continue
         elif entry.is_symlink():
             place.symlink_to(Path(entry.path).readlink())
         else:
@@ -83,22 +97,29 @@ def _link_tree(source: Path, target: Path, skip: Callable[[str], bool] = lambda 
                 shutil.copy2(entry.path, place)
 
 
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the lock on a folder until it is closed; ``None`` where another holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
 def _remove_stale(target: Path) -> None:
     """Delete staging folders that killed savers left for this target."""
-    pattern = re.compile(re.escape(f".{target.name}.fewbits-") + r"(\d+)-.*")
     for folder in (target.parent, target):
-        if not folder.is_dir():
+        if fcntl is None or not folder.is_dir():
             continue
         for entry in folder.iterdir():
-            found = pattern.fullmatch(entry.name)
-            if found is None or int(found[1]) == os.getpid():
-                continue
-            try:
-                os.kill(int(found[1]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(entry, ignore_errors=True)
-            except PermissionError:
-                pass  # somebody else's saver, alive
+            if entry.name.startswith(_STAGING.format(name=target.name)):
+                with contextlib.suppress(OSError):  # another saver may be deleting it too
+                    lock = _lock(entry)
+                    if lock is not None:
+                        shutil.rmtree(entry, ignore_errors=True)
+                        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -106,24 +127,27 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
     """Collect the files of a new checkpoint and put them in place of the old ones when the block ends well.
 
     Yields:
-        The folder to write to, and a tag to put into the names of shards (empty unless files move in one by one).
+        The folder to write to, and a tag to put into the names of shards, with an index that names them (empty unless
+        files move in one by one over an earlier checkpoint).
 
     Raises:
         SaveError: nothing could be written, or the disk is full; the target is as it was.
     """
     target = Path(os.path.realpath(Path(folder).expanduser()))
-    if target.exists() and not target.is_dir():
-        raise SaveError("the path is a file", file=target, expected="a folder")
     staging: Path | None = None
+    lock: int | None = None
     try:
+        if target.exists() and not target.is_dir():
+            raise SaveError("the path is a file", file=target, expected="a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
         occupied = target.is_dir() and any(target.iterdir())
         swap = not occupied or _can_exchange(target)
         in_place = target.is_dir() and (os.path.ismount(target) or not swap or target == Path.cwd())
-        prefix = _STAGING.format(name=target.name, pid=os.getpid())
+        prefix = _STAGING.format(name=target.name)
         staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target if in_place else target.parent))
-        yield staging, f"-{staging.name[-8:]}" if in_place and occupied else ""
+        lock = None if fcntl is None else _lock(staging)
+        yield staging, f"-{staging.name[-8:]}" if in_place and _tensor_files(target) else ""
         for path in staging.iterdir():
             _sync(path)
         if in_place:
@@ -138,7 +162,8 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
                 _sync(staging)
                 if not exchange(staging, target):
                     raise OSError("the folders could not be exchanged")
-                _link_tree(staging, target, skip=is_checkpoint_file)  # what others wrote there meanwhile
+                with contextlib.suppress(FileNotFoundError):  # the next saver has cleared it away
+                    _link_tree(staging, target, skip=is_checkpoint_file)  # what others wrote there meanwhile
         _sync(target.parent)
     except FewbitsError:
         raise
@@ -151,6 +176,8 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _umask() -> int:
@@ -159,15 +186,43 @@ def _umask() -> int:
     return current
 
 
+def _tensor_files(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth") and p.is_file()]
+
+
 def _move_in(staging: Path, target: Path) -> None:
-    """Files one by one, the one that makes the others a checkpoint last, then the old ones out."""
+    """Files one by one, the one that makes the others a checkpoint last, then the old ones out.
+
+    Every call in here leaves a folder that loads: as the old checkpoint up to the one rename of the entry, as the new
+    one from there on.
+    """
     new = {p.name for p in staging.iterdir()}
-    old = {p.name for p in target.iterdir() if p.is_file() and is_checkpoint_file(p.name)}
-    entries = {n for n in new if n.endswith(".index.json") or n in ("model.safetensors", "pytorch_model.bin")}
-    for name in sorted(new - entries, key=lambda n: n.endswith(".json")):
+    old = {p.name for p in target.iterdir() if is_checkpoint_file(p.name)}
+    entry = next(name for name in (*_INDEXES, *_SINGLES) if name in new)
+    lone = _tensor_files(target)
+    if len(lone) == 1 and entry in _INDEXES and not old.intersection((*_SINGLES, *_INDEXES)):
+        # a file of any name is a checkpoint while it is the only one: give it a name that stays one beside shards
+        standard = _SINGLES[0] if lone[0].endswith(".safetensors") else _SINGLES[1]
+        with contextlib.suppress(OSError):  # a file system without hard links
+            os.link(target / lone[0], target / standard)
+            old.add(standard)
+    for name in sorted(new - {entry}):
         os.replace(staging / name, target / name)
-    for name in entries:
-        os.replace(staging / name, target / name)
-    for name in sorted(old - new, key=lambda n: not n.endswith(".index.json")):
+    _sync(target)  # what the entry names is on disk before the entry is
+    for name in old.intersection(_INDEXES) - {entry}:
+        os.replace(target / name, target / entry)  # it names the same files under any name
+    replaced = sorted(old.intersection(_SINGLES) - new)
+    if replaced:
+        index = json.loads((staging / entry).read_text())
+        index["metadata"]["replaces"] = replaced
+        commit = staging / "commit"
+        commit.write_text(json.dumps(index))
+        _sync(commit)
+        os.replace(commit, target / entry)
+        for name in replaced:
+            (target / name).unlink()
+    os.replace(staging / entry, target / entry)
+    _sync(target)
+    for name in sorted(old - new - {*_INDEXES, *replaced}):
         (target / name).unlink()
     _sync(target)

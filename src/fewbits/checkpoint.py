@@ -1,216 +1,21 @@
-"""Checkpoints in: files, folders and indexes to named tensors that are read one at a time, a few ahead.
-
-Nothing is read when a checkpoint is opened but the headers, and everything that can be known from them is checked
-there: that the files exist and are whole, that offsets cover the data exactly, that shapes agree with sizes.
-safetensors data is read with plain reads into memory of its own, so neither misaligned offsets nor a file that changes
-later matter; pickles are opened with ``weights_only=True`` and mapped.
-"""
+"""Checkpoints in: files, folders, indexes and hub ids to named tensors that are read one at a time, a few ahead."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
 import os
-import pickle
 import queue
 import re
 import threading
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PureWindowsPath
 
-import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, CheckpointNotFoundError
+from fewbits.files import PICKLES, StoredTensor, open_file
 
-# safetensors' names of dtypes (its README, "Format"), in the order in which its own writer sorts them
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
-    "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32,
-    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "U16": torch.uint16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_MAX_HEADER = 100_000_000  # bytes; the limit that safetensors' own reader sets
-_PICKLES = (".bin", ".pt", ".pth")
 READ_AHEAD = 256 << 20  # bytes read but not yet taken
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, not read yet.
-
-    Attributes:
-        name: its key in the checkpoint.
-        file: where it lies.
-        dtype, shape: of the tensor.
-        nbytes: of its data.
-        offset: where in the file its data begins, which is the order to read in.
-        read: reads it into CPU memory of its own.
-        identity: equal for two names of the same data.
-    """
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-    read: Callable[[], Tensor]
-    identity: tuple[Any, ...]
-
-
-def writable_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor as a memoryview (without NumPy, which torch can do without)."""
-    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(buffer).cast("B")
-
-
-def _read_exactly(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    out = torch.empty(shape, dtype=dtype)
-    if out.nbytes == 0:
-        return out
-    view, done = writable_view(out), 0
-    try:
-        with open(file, "rb", buffering=0) as handle:
-            handle.seek(offset)
-            while done < len(view) and (count := handle.readinto(view[done : done + (64 << 20)])):
-                done += count
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=file) from error
-    if done < len(view):
-        raise CheckpointError("the file ended before its tensor did: it was cut off while being read", file=file)
-    return out
-
-
-def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata; only the header is read.
-
-    Raises:
-        CheckpointError: the header is no header, lies about sizes or offsets, or the file is cut off.
-    """
-
-    def bad(what: str, **kwargs: Any) -> CheckpointError:
-        return CheckpointError(what, file=file, hint="fetch or save the file again", **kwargs)
-
-    size = file.stat().st_size
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > _MAX_HEADER or length > size - 8:
-            raise bad(
-                f"not a whole safetensors file: {size} bytes, of which the header is said to be {length}",
-                expected="a header that fits the file",
-            )
-        raw = handle.read(length)
-    try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict):
-            raise TypeError("metadata")
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise bad("the header is not the JSON of a safetensors file") from error
-    data, found, spans = 8 + length, {}, []
-    for name, entry in header.items():
-        try:
-            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            if not all(isinstance(v, int) and v >= 0 for v in (*shape, begin, end)):
-                raise TypeError("negative")
-        except (KeyError, TypeError, ValueError) as error:
-            raise bad("the header's entry cannot be understood", parameter=name) from error
-        nbytes = math.prod(shape) * dtype.itemsize
-        if end - begin != nbytes or data + end > size:
-            raise bad(
-                f"bytes {begin} to {end} of {size - data} cannot hold {dtype} of shape {list(shape)}",
-                parameter=name,
-                expected=f"{nbytes} bytes within the file (it is cut off, or the header lies)",
-            )
-        spans.append((begin, end, name))
-        read = _reader(file, data + begin, dtype, shape)
-        found[name] = StoredTensor(
-            name, file, dtype, shape, nbytes, data + begin, read, (str(file), begin, entry["dtype"], shape)
-        )
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            raise bad(f"its data begins at {begin}", parameter=name, expected=f"{position}, where the one before ends")
-        position = end
-    if data + position != size:
-        raise bad(f"{size - data - position} bytes follow the last tensor", expected="none")
-    return found, {str(k): str(v) for k, v in metadata.items()}
-
-
-def _reader(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    return lambda: _read_exactly(file, offset, dtype, shape)
-
-
-def open_pickle(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file that ``torch.save`` wrote, mapped rather than read where its format allows.
-
-    A dictionary that holds the state dict under "state_dict" or "model" is taken for what it holds.
-
-    Raises:
-        CheckpointError: damaged, not a state dict, or a pickle that would run code.
-    """
-    hint = "fetch or save the file again; what fewbits reads is a state dict of tensors, best as safetensors"
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        code = (
-            "Unsupported global" in str(error)
-            or "Unsupported operand" in str(error)
-            or "Unsupported class" in str(error)
-        )
-        what = "the pickle wants to run code, which fewbits never lets it" if code else "not a whole file of torch.save"
-        raise CheckpointError(what, file=file, expected="tensors only", hint=hint) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"not a whole file of torch.save ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-            file=file,
-            hint=hint,
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"holds a {type(content).__name__}", file=file, expected="a state dict", hint=hint)
-    found = {}
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(
-                f"holds a {type(tensor).__name__} among its tensors", file=file, parameter=str(name), hint=hint
-            )
-        where = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-        found[str(name)] = StoredTensor(
-            str(name),
-            file,
-            tensor.dtype,
-            tuple(tensor.shape),
-            tensor.nbytes,
-            tensor.data_ptr(),
-            # a copy: mapped pages would vanish with the file
-            lambda tensor=tensor: tensor.detach().clone(memory_format=torch.contiguous_format),  # type: ignore[misc]
-            (str(file), *where) if tensor.numel() else (str(file), str(name)),
-        )
-    return found
-
-
-def _open_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    if not file.exists():
-        raise CheckpointNotFoundError("there is no such file", file=file)
-    if file.suffix == ".safetensors":
-        return open_safetensors(file)
-    if file.suffix in _PICKLES:
-        return open_pickle(file), {}
-    raise CheckpointError(
-        f"a checkpoint file does not end in {file.suffix or 'nothing'}",
-        file=file,
-        expected=f".safetensors, {', '.join(_PICKLES)}, or an index .json",
-    )
 
 
 class Checkpoint:
@@ -291,24 +96,34 @@ def open_checkpoint(
         CheckpointNotFoundError: nothing is there.
         CheckpointError: it is damaged or ambiguous.
     """
-    path = local_folder(location, revision=revision, token=token)
+    path = local_path(location, revision=revision, token=token)
     entry = _entry_file(path) if path.is_dir() else path
     if entry.suffix == ".json":
         return Checkpoint(path, _open_index(entry))
-    tensors, metadata = _open_file(entry)
+    tensors, metadata = open_file(entry)
     return Checkpoint(path, _with_aliases(tensors, metadata, entry))
 
 
-def local_folder(
+def local_path(
     location: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The local path of a checkpoint: its own, or that of the hub's download."""
-    path = Path(location).expanduser()
-    if path.exists():
-        return path
+    """The local path of a checkpoint: its own, or the file that the hub's download begins with.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+    """
+    try:
+        path = Path(location).expanduser()
+        if path.exists():
+            return path
+    except (TypeError, ValueError, OSError) as error:  # no path at all, a null byte in it, too long, no access
+        raise CheckpointNotFoundError(
+            f"no checkpoint can be at {str(location)[:200]!r} ({error})",
+            expected="a state-dict file, an index, a folder or a hub id",
+        ) from error
     text = os.fspath(location)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not text.startswith(".") and path.suffix not in (
-        *_PICKLES, ".safetensors", ".json",
+        *PICKLES, ".safetensors", ".json",
     ):  # fmt: skip
         from fewbits.hub import download
 
@@ -330,7 +145,7 @@ def _entry_file(folder: Path) -> Path:
         )
     if indexes or singles:
         return (indexes or singles)[0]  # of two singles model.safetensors sorts first, and is the same model
-    shards = [p for p in files if p.suffix in (".safetensors", *_PICKLES)]
+    shards = [p for p in files if p.suffix in (".safetensors", *PICKLES)]
     if len(shards) == 1:
         return shards[0]
     if not shards:
@@ -345,19 +160,30 @@ def _entry_file(folder: Path) -> Path:
     )
 
 
-def _open_index(index: Path) -> dict[str, StoredTensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, relative to the index.
+
+    Raises:
+        CheckpointError: it is no index, or names files outside its folder.
+    """
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(k): str(v) for k, v in weight_map.items()}
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError("there is no such file", file=index) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=index) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError("not an index", file=index, expected='JSON with a "weight_map"') from error
     if not names:
         raise CheckpointError("the index names no tensors", file=index)
     for shard in dict.fromkeys(names.values()):
-        if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise CheckpointError(f"the index names a file outside its folder: {shard}", file=index)
+        path = PureWindowsPath(shard)  # knows both separators, and drives
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts or "\0" in shard:
+            raise CheckpointError(f"the index names a file outside its folder: {shard!r}", file=index)
+    return names
+
+
+def _open_index(index: Path) -> dict[str, StoredTensor]:
+    names = read_index(index)
     absent = [shard for shard in sorted(set(names.values())) if not (index.parent / shard).exists()]
     if absent:
         raise CheckpointNotFoundError(
@@ -368,7 +194,7 @@ def _open_index(index: Path) -> dict[str, StoredTensor]:
         )
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(names.values())):
-        tensors, metadata = _open_file(index.parent / shard)
+        tensors, metadata = open_file(index.parent / shard)
         lacking = [n for n, s in names.items() if s == shard and n not in tensors and n not in metadata]
         if lacking:
             raise CheckpointError(

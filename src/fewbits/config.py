@@ -24,12 +24,13 @@ def parse_dtype(value: object, argument: str) -> torch.dtype | None:
     Raises:
         ConfigError: anything else; ``argument`` names what was wrong.
     """
-    dtype = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    dtype: Any = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if dtype is None and value is None:
         return None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ConfigError(f"{argument} is {value!r}", expected="torch.float32, torch.float16 or torch.bfloat16")
-    return dtype
+    result: torch.dtype = dtype
+    return result
 
 
 def _patterns(value: object, argument: str) -> tuple[str, ...]:
@@ -87,7 +88,16 @@ class QuantizationConfig:
             put("skip_modules", _patterns(self.skip_modules, "skip_modules"))
         put("keep_in_fp32_modules", _patterns(self.keep_in_fp32_modules, "keep_in_fp32_modules"))
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        put("overrides", tuple((str(name), format) for name, format in pairs))
+        try:
+            put("overrides", tuple((name, format) for name, format in pairs))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"overrides is {self.overrides!r}", expected="{module name or glob: format or None}"
+            ) from error
+        if not all(isinstance(name, str) for name, _ in self.overrides):
+            raise ConfigError(f"overrides is {self.overrides!r}", expected="names of modules as its keys")
+        if not isinstance(self.double_quant, bool):
+            raise ConfigError(f"double_quant is {self.double_quant!r}", expected="True or False")
         for format in {self.format, *(format for _, format in self.overrides)} - {None}:
             self.spec(str(format))  # validates block size and threshold with it
         if self.double_quant and self.format is not None and not FORMATS[self.format].blocked:

@@ -28,10 +28,18 @@ class FewbitsError(Exception):
         expected: str | None = None,
         hint: str | None = None,
     ) -> None:
-        self.file = None if file is None else os.fspath(file)
+        super().__init__(message)
+        self.message, self.file = message, None if file is None else os.fspath(file)
         self.parameter, self.expected, self.hint = parameter, expected, hint
-        facts = {"file": self.file, "parameter": parameter, "expected": expected, "what to do": hint}
-        super().__init__("\n".join([message, *(f"  {key}: {value}" for key, value in facts.items() if value)]))
+
+    def __str__(self) -> str:
+        # made when it is read, so that a caller who knows more (which file it was reading) can add that on the way up
+        facts = {"file": self.file, "parameter": self.parameter, "expected": self.expected, "what to do": self.hint}
+        return "\n".join([self.message, *(f"  {key}: {value}" for key, value in facts.items() if value)])
+
+    def locate(self, file: str | os.PathLike[str]) -> None:
+        """Name ``file`` as where it was found, unless the error names one already."""
+        self.file = self.file or os.fspath(file)
 
 
 class ConfigError(FewbitsError, ValueError):

@@ -92,12 +92,12 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         row = get_format(self.format)
-        if row.blocked and self.block_size not in BLOCK_SIZES:
+        if row.blocked and (type(self.block_size) is not int or self.block_size not in BLOCK_SIZES):
             raise ConfigError(
                 f"block size {self.block_size!r} is not one the format {self.format} has",
                 expected=f"one of {', '.join(map(str, BLOCK_SIZES))}",
             )
-        if self.threshold < 0:
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
             raise ConfigError(f"llm_int8_threshold is {self.threshold}", expected="a number that is not negative")
 
     def __str__(self) -> str:

@@ -7,18 +7,20 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fewbits.checkpoint import Checkpoint
-from fewbits.errors import CheckpointError, FewbitsWarning
+from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
 from fewbits.formats import QuantSpec
 from fewbits.modules import stores_transposed
 from fewbits.plan import Owner, owners_of
 from fewbits.statedict import Group, group_keys, stored_spec
 
-_SHOWN = 20  # names listed of one kind of disagreement before "and N more"
+_SHOWN = 20  # unexpected names listed before "and N more"
+_COMPARED = 100_000  # pairs of names looked at for the nearest ones, which is about a second
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Source:
     """Where a parameter or buffer of the model comes from.
 
     Attributes:
+        file: where it lies (for a quantized one, its largest part).
         group: the checkpoint's keys for it.
         shape: in the orientation the checkpoint stores.
         dtype: stored, or for a quantized one logical (``None`` for int8, which does not say).
@@ -33,6 +36,7 @@ class Source:
         identity: equal for two sources of the same bytes.
     """
 
+    file: Path
     group: Group
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -42,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter (at all the places that share it) or a buffer of the model, and its source if it has one."""
+    """A parameter or buffer of the model (at all the places that share it), and its source if it has one."""
 
     owners: Sequence[Owner]
     is_buffer: bool
@@ -59,8 +63,13 @@ def sources_of(checkpoint: Checkpoint) -> dict[str, Source]:
     Raises:
         CheckpointError: quantized tensors with missing or unintelligible parts.
     """
+    try:
+        groups = group_keys(checkpoint.tensors)
+    except FewbitsError as error:
+        error.locate(checkpoint.path)
+        raise
     found = {}
-    for name, group in group_keys(checkpoint.tensors).items():
+    for name, group in groups.items():
         parts = {role: checkpoint.tensors[key] for role, key in group.keys.items()}
         weight = parts["weight"]
         spec: QuantSpec | None = None
@@ -68,10 +77,14 @@ def sources_of(checkpoint: Checkpoint) -> dict[str, Source]:
         if group.format == "int8":
             spec = QuantSpec("int8")
         elif group.format is not None:
-            spec, stored, dtype = stored_spec(group, parts["quant_state"].read())
+            try:
+                spec, stored, dtype = stored_spec(group, parts["quant_state"].read())
+            except FewbitsError as error:
+                error.locate(parts["quant_state"].file)
+                raise
             shape = tuple(stored)
         identity = tuple(part.identity for part in parts.values())
-        found[name] = Source(group, shape, dtype, spec, identity)
+        found[name] = Source(weight.file, group, shape, dtype, spec, identity)
     return found
 
 
@@ -93,14 +106,19 @@ def common_prefix(wanted: Iterable[str], names: Iterable[str]) -> tuple[str, str
 
     def matched(how: str, prefix: str) -> int:
         renamed = {n.removeprefix(prefix) for n in have} if how == "strip" else {prefix + n for n in have}
-        return len(want & renamed)
+        return len(want & renamed) if len(renamed) == len(have) else -1  # two names would become one
 
     best = max(prefixes, key=lambda p: (matched(*p), -len(p[1]), p), default=None)
     return best if best is not None and matched(*best) > len(want & have) else None
 
 
 def match(
-    model: nn.Module, checkpoint: Checkpoint, *, strict: bool = True, ignore: Callable[[str], bool] = lambda name: False
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    strict: bool = True,
+    ignore: Callable[[str], bool] = lambda name: False,
+    rename: Callable[[str], str] = lambda name: name,
 ) -> list[Target]:
     """Find the source of every parameter and buffer.
 
@@ -109,13 +127,16 @@ def match(
         checkpoint: opened.
         strict: whether names that the model does not have are an error (else a warning).
         ignore: names of the checkpoint that may be passed over.
+        rename: gives the model's name for a name of the checkpoint that the model does not have.
 
     Raises:
         CheckpointError: everything that is missing, unexpected, or of the wrong shape or kind, in one message.
     """
     sources = sources_of(checkpoint)
-    targets = [(owners, False) for owners in owners_of(model)] + [([o], True) for o in _buffers(model)]
-    wanted = [o.path for owners, _ in targets for o in owners]
+    targets = [(owners, False) for owners in owners_of(model)] + [(owners, True) for owners in _buffers(model)]
+    wanted = {o.path: None for owners, _ in targets for o in owners}
+    renamed = {name if name in wanted else rename(name): source for name, source in sources.items()}
+    sources = renamed if len(renamed) == len(sources) else sources  # else two names would become one
     prefix = common_prefix(wanted, sources)
     if prefix is not None:
         how, text = prefix
@@ -123,40 +144,44 @@ def match(
             f"{checkpoint.path}: the checkpoint's names are matched {'without' if how == 'strip' else 'with'} "
             f"the prefix {text!r}",
             FewbitsWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         sources = {n.removeprefix(text) if how == "strip" else text + n: s for n, s in sources.items()}
     matched, missing, wrong = [], [], []
     for owners, is_buffer in targets:
         source = next((sources[o.path] for o in owners if o.path in sources), None)
-        if source is not None:
+        has_value = is_buffer and not owners[0].module._buffers[owners[0].name].is_meta  # type: ignore[union-attr]
+        if has_value and all(o.name in o.module._non_persistent_buffers_set for o in owners):
+            source = None  # computed by the model; checkpoints of before it was made so may still hold one
+        elif source is not None:
             wrong += _disagreement(owners[0], source, is_buffer)
-        elif not is_buffer or owners[0].module._buffers[owners[0].name].is_meta:  # type: ignore[union-attr]
+        elif not has_value:
             missing.append(" = ".join(o.path for o in owners))
         matched.append(Target(owners, is_buffer, source))
-    known = set(wanted)
-    unexpected = [n for n in sources if n not in known and not ignore(n)]
+    unexpected = [n for n in sources if n not in wanted and not ignore(n)]
     if unexpected and not strict:
         names = ", ".join(unexpected[:5]) + ("…" if len(unexpected) > 5 else "")
-        warnings.warn(f"{checkpoint.path}: the model has no {names}: ignored", FewbitsWarning, stacklevel=4)
+        warnings.warn(f"{checkpoint.path}: the model has no {names}: ignored", FewbitsWarning, stacklevel=3)
         unexpected = []
     if missing or unexpected or wrong:
-        raise CheckpointError(_report(missing, unexpected, wrong, sources, known), file=checkpoint.path)
+        raise CheckpointError(_report(missing, unexpected, wrong, sources, wanted), file=checkpoint.path)
     return matched
 
 
-def _buffers(model: nn.Module) -> list[Owner]:
-    return [
-        Owner(module, name, f"{prefix}.{name}" if prefix else name)
-        for prefix, module in model.named_modules()
-        for name, b in module._buffers.items()
-        if b is not None
-    ]
+def _buffers(model: nn.Module) -> list[list[Owner]]:
+    groups: dict[int, list[Owner]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, b in module._buffers.items():
+            if b is not None:
+                groups.setdefault(id(b), []).append(Owner(module, name, f"{prefix}.{name}" if prefix else name))
+    return list(groups.values())
 
 
 def _disagreement(owner: Owner, source: Source, is_buffer: bool) -> list[str]:
     have = (owner.module._buffers if is_buffer else owner.module._parameters)[owner.name]
     assert have is not None
+    if is_buffer and source.spec is not None:
+        return [f"{owner.path}: {source.spec} in the checkpoint, a buffer in the model"]
     shape = have.shape
     if source.spec is not None and stores_transposed(owner.module, owner.name):
         shape = shape[::-1]
@@ -165,6 +190,8 @@ def _disagreement(owner: Owner, source: Source, is_buffer: bool) -> list[str]:
     stored_floating = source.dtype is None or source.dtype.is_floating_point
     if stored_floating != have.is_floating_point() or (not stored_floating and source.dtype != have.dtype):
         return [f"{owner.path}: {source.dtype} in the checkpoint, {have.dtype} in the model"]
+    if source.dtype is not None and source.dtype.is_floating_point and source.dtype.itemsize < 2:
+        return [f"{owner.path}: {source.dtype} in the checkpoint, of whose scales fewbits knows nothing"]
     return []
 
 
@@ -180,7 +207,7 @@ def _report(
     if missing:
         unused = set(sources) - set(known)
         lines += [f"  missing from the checkpoint ({len(missing)}):"]
-        lines += [f"    {n}{near(n, unused) if i < _SHOWN else ''}" for i, n in enumerate(missing)]
+        lines += [f"    {n}{near(n, unused) if i * len(unused) < _COMPARED else ''}" for i, n in enumerate(missing)]
     if unexpected:
         lines += [f"  not in the model ({len(unexpected)}):"]
         lines += [f"    {n}{near(n, known)}" for n in unexpected[:_SHOWN]]

@@ -17,8 +17,9 @@ from fewbits.config import QuantizationConfig
 from fewbits.errors import ConfigError, UnsupportedError
 from fewbits.formats import QuantSpec, quantized_bytes
 from fewbits.modules import is_linear, stores_transposed
-from fewbits.structure import check_patterns, matches, output_heads
+from fewbits.structure import check_patterns, matches, names_parameter, output_heads
 
+MaxMemory = Mapping[int | str, int | str]
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | None
 
 
@@ -84,9 +85,10 @@ def make_plan(model: nn.Module, config: QuantizationConfig, *, strict_patterns: 
         shape = owners[0].module._parameters[owners[0].name].shape  # type: ignore[union-attr]
         floating = owners[0].module._parameters[owners[0].name].is_floating_point()  # type: ignore[union-attr]
         for pattern, format in config.overrides:
-            exact = [o for o in owners if o.path == pattern]
-            named = [o for o in owners if matches(o.path, pattern) and _may_hold(o)]
-            if format is not None and (exact or named):
+            named = [
+                o for o in owners if names_parameter(o.path, pattern) or (matches(o.path, pattern) and _may_hold(o))
+            ]
+            if format is not None and named:
                 if len(shape) < 2 or not floating:
                     raise ConfigError(
                         f"a parameter of shape {list(shape)} cannot be {format}",
@@ -167,9 +169,7 @@ def _one_device(value: str | int | torch.device) -> torch.device:
     return device
 
 
-def resolve_device(
-    device_map: DeviceMap, needed: int, max_memory: Mapping[int | str, int | str] | None = None
-) -> torch.device:
+def resolve_device(device_map: DeviceMap, needed: int, max_memory: MaxMemory | None = None) -> torch.device:
     """The one device that the model goes to.
 
     ``None`` and the names "auto", "balanced", "balanced_low_0" and "sequential" choose the first GPU whose free memory

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewbits.atomic import replacing
-from fewbits.checkpoint import SAFETENSORS_DTYPES, writable_view
 from fewbits.errors import SaveError
+from fewbits.files import SAFETENSORS_DTYPES, writable_view
 from fewbits.integrations.hf import bitsandbytes_config, is_transformers_model
 from fewbits.plan import parse_bytes
 
@@ -71,8 +71,8 @@ def save(
             if safe_serialization:
                 write_safetensors(staging / name, {k: state[k] for k in keys}, own_aliases, bar)
             else:
-                values = {k: state[k].detach().cpu() for k in keys}
-                torch.save({**values, **{alias: values[kept] for alias, kept in own_aliases.items()}}, staging / name)
+                values = {k: _compact(state[k]) for k in keys}
+                _write_pickle(staging / name, {**values, **{a: values[kept] for a, kept in own_aliases.items()}})
                 bar.update(sum(t.nbytes for t in values.values()))
             weight_map |= dict.fromkeys(keys if safe_serialization else [*keys, *own_aliases], name)
         if names != [stem + suffix]:
@@ -105,16 +105,17 @@ def _without_aliases(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
         else:
             first[place] = key
             kept[key] = tensor
-    # parts that are made anew for each name of a tied weight (tables, JSON): follow the weight
+    # parts that are made anew for each name of a tied weight (tables, JSON, SCB): follow the weight
     for alias, original in list(aliases.items()):
         for key in [k for k in kept if k.startswith(f"{alias}.")]:
             if f"{original}{key[len(alias) :]}" in kept:
                 aliases[key] = f"{original}{key[len(alias) :]}"
                 del kept[key]
-        stems = alias.removesuffix("weight"), original.removesuffix("weight")
-        if stems[0] + "weight_format" in kept and stems[0] != alias and stems[1] + "weight_format" in kept:
-            aliases[stems[0] + "weight_format"] = stems[1] + "weight_format"
-            del kept[stems[0] + "weight_format"]
+        stem, original_stem = alias.removesuffix("weight"), original.removesuffix("weight")
+        for part in ("SCB", "weight_format"):
+            if stem != alias and stem + part in kept and original_stem + part in kept:
+                aliases[stem + part] = original_stem + part
+                del kept[stem + part]
     return kept, aliases
 
 
@@ -163,6 +164,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], aliases: Mappin
                 bar.update(data.nbytes)
 
 
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, without the rest of a larger storage it is a view of, which would be written with it."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with open(path, "wb") as handle:
+        try:
+            torch.save(dict(tensors), handle)
+        except RuntimeError as error:  # after a write that failed torch finds its position wrong, and says that instead
+            if isinstance(error.__context__, OSError):
+                raise OSError(*error.__context__.args) from error
+            raise
+
+
 def _write_configs(model: nn.Module, staging: Path) -> None:
     if not is_transformers_model(model):
         return
@@ -173,6 +190,9 @@ def _write_configs(model: nn.Module, staging: Path) -> None:
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
+    # what is not quantized may have been cast; transformers builds the model in the dtype that is recorded
+    if isinstance(getattr(model, "dtype", None), torch.dtype):
+        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", model.dtype)
     config.save_pretrained(staging)
     generation = getattr(model, "generation_config", None)
     if generation is not None:

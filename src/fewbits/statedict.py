@@ -60,6 +60,7 @@ def group_keys(keys: Iterable[str]) -> dict[str, Group]:
     """
     remaining = dict.fromkeys(keys)
     groups: dict[str, Group] = {}
+    _drop_orphans(remaining)
     for key in [k for k in remaining if _QUANT_STATE in k]:
         name, _, format = key.partition(_QUANT_STATE)
         if format not in FORMATS or not FORMATS[format].blocked:
@@ -72,9 +73,10 @@ def group_keys(keys: Iterable[str]) -> dict[str, Group]:
         groups[name] = Group(name, format, found)
     for key in [k for k in remaining if k == "SCB" or k.endswith(".SCB")]:
         stem = key.removesuffix("SCB")
-        name = stem + "weight" if stem + "weight" in remaining else stem.removesuffix(".")
+        bare = stem.removesuffix(".")
+        name = bare if bare in remaining and stem + "weight" not in remaining else stem + "weight"
         if name not in remaining:
-            raise CheckpointError("an int8 weight lacks its weight, of which there is only the SCB", parameter=name)
+            raise CheckpointError("of an int8 weight there is only the SCB", parameter=name)
         companions = {role: k for role, k in _int8_companions(name).items() if k in remaining}
         groups[name] = Group(name, "int8", {"weight": name, **companions})
     for group in groups.values():
@@ -84,18 +86,38 @@ def group_keys(keys: Iterable[str]) -> dict[str, Group]:
     return groups
 
 
+def _drop_orphans(keys: dict[str, None]) -> None:
+    """Remove what is left of the further names of a tied weight when a writer kept only one name of shared tensors.
+
+    Accelerate and transformers do so. They drop ``lm_head.weight`` as a copy of ``wte.weight``, but not the parts that
+    share no memory: tables, JSON, ``SCB``, ``weight_format``.
+    """
+    for key in [k for k in keys if _QUANT_STATE in k]:
+        name = key.partition(_QUANT_STATE)[0]
+        if name not in keys and f"{name}.absmax" not in keys:
+            for orphan in (key, f"{name}.quant_map", f"{name}.nested_quant_map"):
+                keys.pop(orphan, None)
+    for key in [k for k in keys if k.endswith("weight_format")]:
+        stem = key.removesuffix("weight_format")
+        if f"{stem}weight" not in keys and stem.removesuffix(".") not in keys:
+            for orphan in (key, f"{stem}SCB"):
+                keys.pop(orphan, None)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``"bfloat16"`` for ``torch.bfloat16``: how the JSON writes it."""
     return str(dtype).removeprefix("torch.")
 
 
 def encode(name: str, tensor: QuantTensor) -> dict[str, Tensor]:
-    """The state-dict entries of one quantized parameter; bytes are shared with it, not copied."""
+    """The state-dict entries of one quantized parameter; the weight's bytes are shared with it, not copied."""
     spec, inner = tensor.spec, tensor.inner_tensors
     if not FORMATS[spec.format].blocked:
         companions = _int8_companions(name)
         zero = torch.zeros((), dtype=torch.uint8)
-        return {name: inner["packed"], companions["absmax"]: inner["absmax"], companions["weight_format"]: zero}
+        # copied: for a tied weight transformers refuses to save shared tensors that it does not know to be tied
+        scales = inner["absmax"].clone()
+        return {name: inner["packed"], companions["absmax"]: scales, companions["weight_format"]: zero}
     state: dict[str, Any] = {
         "quant_type": spec.format,
         "blocksize": spec.block_size,
@@ -125,8 +147,8 @@ def stored_spec(group: Group, quant_state: Tensor | None) -> tuple[QuantSpec, li
         CheckpointError: the JSON is not what the format writes.
     """
     try:
-        if quant_state is None:
-            raise ValueError("it is absent")
+        if quant_state is None or quant_state.dtype != torch.uint8 or quant_state.dim() != 1:
+            raise ValueError("it is no row of bytes")
         state = json.loads(bytes(quant_state.cpu().tolist()))
         spec = QuantSpec(state["quant_type"], state["blocksize"], "nested_absmax" in group.keys)
         shape, dtype = [int(d) for d in state["shape"]], getattr(torch, state["dtype"])
@@ -136,7 +158,7 @@ def stored_spec(group: Group, quant_state: Tensor | None) -> tuple[QuantSpec, li
             raise ValueError(f"double quantization in blocks of {state['nested_blocksize']}")
         if spec.double_quant and not math.isfinite(state["nested_offset"]):
             raise ValueError(f"offset {state['nested_offset']}")
-    except (ValueError, KeyError, TypeError, AttributeError, FewbitsError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, FewbitsError) as error:
         raise CheckpointError(
             f"the quantization state cannot be understood ({type(error).__name__}: {error})".splitlines()[0],
             parameter=group.name,
@@ -163,10 +185,10 @@ def decode(
     packed, absmax = tensors["weight"], tensors.get("absmax")
     assert absmax is not None
     if group.format == "int8":
-        layout = int(tensors["weight_format"]) if "weight_format" in tensors else 0
-        if packed.dtype != torch.int8 or layout != 0:
+        layout = tensors["weight_format"].flatten().tolist() if "weight_format" in tensors else [0]
+        if packed.dtype != torch.int8 or layout != [0]:
             raise CheckpointError(
-                f"an int8 weight of {packed.dtype} in layout {layout}",
+                f"an int8 weight of {packed.dtype} in layout {layout[:4]}",
                 parameter=group.name,
                 expected="torch.int8 in layout 0 (row-major)",
                 hint="save it again with a current bitsandbytes, which writes row-major",
@@ -225,6 +247,12 @@ def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
         tensors = {role: state_dict.pop(k) for role, k in group.keys.items()}
         threshold = parameter.spec.threshold
         decoded = decode(group, tensors, parameter.dtype, label=key, threshold=threshold)
+        if decoded.spec.format != parameter.spec.format:
+            raise CheckpointError(
+                f"the state dict holds {decoded.spec}, the model {parameter.spec}: it would be quantized twice",
+                parameter=key,
+                hint="load it with fewbits.load, which takes it as it is, or load a state dict in floating point",
+            )
         state_dict[key] = decoded.t() if parameter.transposed else decoded
 
 

@@ -33,6 +33,13 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
+def names_parameter(path: str, pattern: str) -> bool:
+    """Whether a pattern is this parameter's own path, or a glob for it whose last part is its plain name."""
+    return path == pattern or (
+        fnmatch.fnmatchcase(path, pattern) and pattern.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]
+    )
+
+
 def check_patterns(patterns: Iterable[str], names: Sequence[str], argument: str) -> None:
     """Raise for a pattern that names nothing in the model: it would be ignored in silence.
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from fewbits.config import QuantizationConfig, parse_dtype
 from fewbits.errors import ConfigError, FewbitsWarning
-from fewbits.load import MaxMemory, load, quantize
-from fewbits.plan import DeviceMap
+from fewbits.inplace import quantize
+from fewbits.load import load
+from fewbits.plan import DeviceMap, MaxMemory, make_plan, planned_bytes, resolve_device
 
 __all__ = ["BnbQuantizationConfig", "load_and_quantize_model"]
 
@@ -119,7 +120,8 @@ def load_and_quantize_model(
                 "the model is on the meta device and no weights_location is given",
                 expected="a file, a folder or a hub id to load its weights from",
             )
-        result = quantize(model, config, device_map="auto" if device_map is None else device_map)
+        device = resolve_device(device_map, planned_bytes(model, make_plan(model, config)), max_memory)
+        result = quantize(model, config, device_map=device)
     else:
         result = load(model, weights_location, config, device_map=device_map, max_memory=max_memory)
     # what PEFT and Trainer ask a model for

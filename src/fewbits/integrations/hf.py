@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def build_empty(config: Any, folder: Path) -> nn.Module:
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
+
+
+def renaming(model: nn.Module) -> Callable[[str], str]:
+    """From a tensor's name in a checkpoint to its name in this model, as transformers renames what it loads.
+
+    transformers 5 keeps the names that checkpoints have always had on disk and gives modules new ones. What it also
+    converts while loading (experts that are fused, say) is not done here: those names find no match and are reported.
+    """
+    if not is_transformers_model(model):
+        return lambda name: name
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4, whose modules have the names of their checkpoints
+        return lambda name: name
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        for rule in rules:
+            name, _ = rule.rename_source_key(name)
+        return name
+
+    return rename
 
 
 def recorded_settings(config: Any) -> dict[str, Any] | None:

@@ -69,7 +69,11 @@ def backend_for(device_type: str) -> str:
 
 def _dispatcher(op: str) -> Any:
     def call(first: Tensor, *args: Any) -> Any:
-        implementation = getattr(BACKENDS[backend_for(first.device.type)], op, None) or getattr(reference, op)
+        device_type = first.device.type
+        implementation = getattr(BACKENDS[backend_for(device_type)], op, None) or getattr(reference, op)
+        if torch.is_autocast_enabled(device_type):  # an operator's own precision is not autocast's to choose
+            with torch.autocast(device_type, enabled=False):
+                return implementation(first, *args)
         return implementation(first, *args)
 
     return call

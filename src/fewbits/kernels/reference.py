@@ -18,7 +18,9 @@ accumulation is fp32 too. Work is cut into pieces, so that a temporary never gro
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +92,20 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes[torch.bucketize(scaled, bounds, out_int32=True)], nested, offset
 
 
+def _int8_scale(absmax: Tensor) -> Tensor:
+    """127 / absmax, rounded as bitsandbytes rounds it: on a GPU by the approximate division of the hardware."""
+    if absmax.device.type != "cuda":
+        return 127.0 / absmax
+    result: Tensor = _fast_division()(absmax)
+    return result
+
+
+@functools.lru_cache(maxsize=1)
+def _fast_division() -> Any:
+    source = "template <typename T> T int8_scale(T absmax) { return __fdividef(127.0f, absmax); }"
+    return torch.cuda.jiterator._create_jit_fn(source)
+
+
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     rows = w.reshape(-1, w.shape[-1])
     q = torch.empty(rows.shape, dtype=torch.int8, device=w.device)
@@ -98,7 +114,7 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, rows.shape[0], step):
         half = rows[start : start + step].half()  # the format quantizes what fp16 holds
         piece_absmax = half.abs().amax(dim=1).float()
-        scaled = torch.round(half * (127.0 / piece_absmax)[:, None])
+        scaled = torch.round(half * _int8_scale(piece_absmax)[:, None])
         q[start : start + step] = scaled.nan_to_num_(0.0).to(torch.int8)  # 0 / 0: an all-zero row
         absmax[start : start + step] = piece_absmax
     return q.view(w.shape), absmax.view(w.shape[:-1])
@@ -229,7 +245,7 @@ def linear_4bit_t(
 
 def _int8_product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """int8 [M, K] @ int8 [N, K].T, exact, int32 or fp32 [M, N]."""
-    if a_MK.device.type == "cpu":
+    if a_MK.device.type == "cpu" and a_MK.shape[1] > 1:  # with K = 1 torch's CPU product is wrong (torch 2.13)
         return torch._int_mm(a_MK, b_NK.t())
     if a_MK.device.type == "cuda":  # cuBLASLt wants more than 16 rows, and K and N that 8 divides
         m, n, k = a_MK.shape[0], b_NK.shape[0], a_MK.shape[1]

@@ -1,0 +1,221 @@
+"""Checkpoint files: safetensors and torch.save, to named tensors that are not read yet.
+
+Nothing is read when a file is opened but its header, and everything that can be known from that is checked there:
+that the file is whole, that offsets cover the data exactly, that shapes agree with sizes. safetensors data is read with
+plain reads into memory of its own, so neither misaligned offsets nor a file that changes later matter; pickles are
+opened with ``weights_only=True`` and mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import CheckpointError, CheckpointNotFoundError, FewbitsError
+
+# safetensors' names of dtypes (its README, "Format"), in the order in which its own writer sorts them
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
+    "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # bytes; the limit that safetensors' own reader sets
+PICKLES = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, not read yet.
+
+    Attributes:
+        name: its key in the checkpoint.
+        file: where it lies.
+        dtype, shape: of the tensor.
+        nbytes: of its data.
+        offset: where in the file its data begins, which is the order to read in.
+        read: reads it into CPU memory of its own.
+        identity: equal for two names of the same data.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+    read: Callable[[], Tensor]
+    identity: tuple[Any, ...]
+
+
+def writable_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor as a memoryview (without NumPy, which torch can do without)."""
+    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(buffer).cast("B")
+
+
+def _read_exactly(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes == 0:
+        return out
+    view, done = writable_view(out), 0
+    try:
+        with open(file, "rb", buffering=0) as handle:
+            handle.seek(offset)
+            while done < len(view) and (count := handle.readinto(view[done : done + (64 << 20)])):
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=file) from error
+    if done < len(view):
+        raise CheckpointError("the file ended before its tensor did: it was cut off while being read", file=file)
+    return out
+
+
+def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata; only the header is read.
+
+    Raises:
+        CheckpointError: the header is no header, lies about sizes or offsets, or the file is cut off.
+    """
+
+    def bad(what: str, **kwargs: Any) -> CheckpointError:
+        return CheckpointError(what, file=file, hint="fetch or save the file again", **kwargs)
+
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > _MAX_HEADER or length > size - 8:
+            raise bad(
+                f"not a whole safetensors file: {size} bytes, of which the header is said to be {length}",
+                expected="a header that fits the file",
+            )
+        raw = handle.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise TypeError("metadata")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise bad("the header is not the JSON of a safetensors file") from error
+    data, found, spans = 8 + length, {}, []
+    for name, entry in header.items():
+        try:
+            dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if not all(type(v) is int and 0 <= v < 2**63 for v in (*shape, begin, end)):
+                raise TypeError("not a size")
+        except (KeyError, TypeError, ValueError) as error:
+            raise bad(
+                "the header's entry cannot be understood",
+                parameter=name,
+                expected=f"dtype (one of {', '.join(SAFETENSORS_DTYPES)}), shape and data_offsets",
+            ) from error
+        nbytes = math.prod(shape) * dtype.itemsize
+        if end - begin != nbytes or data + end > size:
+            raise bad(
+                f"bytes {begin} to {end} of {size - data} cannot hold {dtype} of shape {list(shape)}",
+                parameter=name,
+                expected=f"{nbytes} bytes within the file (it is cut off, or the header lies)",
+            )
+        spans.append((begin, end, name))
+        read = _reader(file, data + begin, dtype, shape)
+        found[name] = StoredTensor(name, file, dtype, shape, nbytes, data + begin, read, (str(file), name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise bad(f"its data begins at {begin}", parameter=name, expected=f"{position}, where the one before ends")
+        position = end
+    if data + position != size:
+        raise bad(f"{size - data - position} bytes follow the last tensor", expected="none")
+    return found, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _reader(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    return lambda: _read_exactly(file, offset, dtype, shape)
+
+
+def open_pickle(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file that ``torch.save`` wrote, mapped rather than read where its format allows.
+
+    A dictionary that holds the state dict under "state_dict" or "model" is taken for what it holds.
+
+    Raises:
+        CheckpointError: damaged, not a state dict, or a pickle that would run code.
+    """
+    hint = "fetch or save the file again; what fewbits reads is a state dict of tensors, best as safetensors"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on how to call torch.load
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # what a damaged pickle raises is not to be foreseen
+        text = f"{type(error).__name__}: {error}"
+        if "TorchScript" in text or any(f"Unsupported {what}" in text for what in ("global", "operand", "class")):
+            what = "the file wants to run code, which fewbits never lets it"
+        else:
+            what = f"not a whole file of torch.save ({text.splitlines()[0]})"
+        raise CheckpointError(what, file=file, expected="tensors only", hint=hint) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"holds a {type(content).__name__}", file=file, expected="a state dict", hint=hint)
+    found = {}
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"holds a {type(tensor).__name__} among its tensors", file=file, parameter=str(name), hint=hint
+            )
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "meta" if tensor.is_meta else tensor.layout if tensor.layout != torch.strided else tensor.dtype
+            raise CheckpointError(
+                f"holds a tensor of kind {kind}", file=file, parameter=str(name), expected="plain dense tensors"
+            )
+        where = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        found[str(name)] = StoredTensor(
+            str(name),
+            file,
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.nbytes,
+            tensor.data_ptr(),
+            # a copy: mapped pages would vanish with the file
+            lambda tensor=tensor: tensor.detach().clone(memory_format=torch.contiguous_format),  # type: ignore[misc]
+            (str(file), *where) if tensor.numel() else (str(file), str(name)),
+        )
+    return found
+
+
+def open_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file of either kind by name, and its metadata.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CheckpointError: it is damaged, or of another kind.
+    """
+    if not file.exists():
+        raise CheckpointNotFoundError("there is no such file", file=file)
+    try:
+        if file.suffix == ".safetensors":
+            return open_safetensors(file)
+        if file.suffix in PICKLES:
+            return open_pickle(file), {}
+    except OSError as error:
+        if isinstance(error, FewbitsError):
+            raise
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=file) from error
+    raise CheckpointError(
+        f"a checkpoint file does not end in {file.suffix or 'nothing'}",
+        file=file,
+        expected=f".safetensors, {', '.join(PICKLES)}, or an index .json",
+    )

@@ -1,0 +1,99 @@
+"""Putting finished tensors into modules: what loading a model and quantizing one in memory share."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fewbits.errors import ConfigError, FewbitsError
+from fewbits.modules import install
+from fewbits.plan import Owner, Placement
+from fewbits.tensor import QuantTensor
+
+_HELD = 128 << 20  # bytes of tensors worked through before freed memory goes back to the system
+
+
+def check_values(value: Tensor, placement: Placement, path: str, error: type[FewbitsError] = ConfigError) -> None:
+    """Raise ``error``, which names the parameter, for a value that is not finite or that what it becomes cannot hold."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return
+    if placement.spec is not None:
+        limit = torch.finfo(torch.float16).max if placement.spec.format == "int8" else torch.finfo(torch.float32).max
+    else:
+        limit = torch.finfo(placement.dtype or value.dtype).max
+    low, high = (float(v) for v in torch.aminmax(value))  # NaN if any value is; and no copy of the tensor is made
+    if not (-limit <= low and high <= limit):
+        into = str(placement.spec) if placement.spec is not None else str(placement.dtype or value.dtype)
+        finite = math.isfinite(low) and math.isfinite(high)
+        raise error(
+            f"the parameter holds values from {low:g} to {high:g}, which {into} cannot hold"
+            if finite
+            else "the parameter holds values that are NaN or infinite",
+            parameter=path,
+            expected=f"finite values up to ±{limit:g}",
+            hint="repair the checkpoint, or choose a format or dtype that holds them (skip_modules, dtype)",
+        )
+
+
+def put(owners: Sequence[Owner], value: Tensor, requires_grad: bool) -> None:
+    """Make one parameter of ``value`` and give it to all its owners; a quantized one is frozen."""
+    quantized = isinstance(value, QuantTensor)
+    parameter = nn.Parameter(value, requires_grad=requires_grad and value.is_floating_point() and not quantized)
+    for owner in owners:
+        if quantized:
+            install(owner.module, owner.name, parameter)
+        else:
+            owner.module._parameters[owner.name] = parameter
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move every buffer, those that modules share once."""
+    moved: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                if buffer not in moved:
+                    moved[buffer] = buffer.to(device)
+                module._buffers[name] = moved[buffer]
+
+
+def bar(
+    total: int | None, progress: bool | None, what: str, items: Iterable[Any] | None = None, unit: str = "B"
+) -> Any:
+    """A progress bar on stderr; by default only where that is a terminal."""
+    shown = sys.stderr.isatty() if progress is None else progress
+    return tqdm(items, total=total, unit=unit, unit_scale=True, desc=what, disable=not shown)
+
+
+class Heap:
+    """Gives memory that was freed back to the system now and then, where the C library (glibc) would keep it.
+
+    Tensors of many sizes come and go between those that stay, and glibc returns only what lies at the heap's end:
+    loading a model can otherwise peak at nearly twice its size.
+    """
+
+    def __init__(self) -> None:
+        self._passed = 0
+        try:
+            self._trim: Any = ctypes.CDLL(None).malloc_trim
+        except (OSError, AttributeError, TypeError):  # another C library
+            self._trim = None
+
+    def passed(self, nbytes: int) -> None:
+        """Say that ``nbytes`` of tensors have been worked through."""
+        self._passed += nbytes
+        if self._passed >= _HELD:
+            self.trim()
+
+    def trim(self) -> None:
+        """Give back what is free."""
+        self._passed = 0
+        if self._trim is not None:
+            self._trim(0)
