@@ -1,4 +1,4 @@
-"""The sample model's side of things: text to ids and back, its quality in bits per byte, outlier features put into it."""
+"""The sample model: text to ids and back, its quality in bits per byte, outlier features put into it."""
 
 from __future__ import annotations
 

@@ -60,9 +60,10 @@ def main() -> None:
         bar.set_description("done")
         bar.close()
 
-        print(f"\n{'':20}{'bytes of weights':>18}{'bits/parameter':>16}{'bits/byte of text':>19}{'seconds to load':>17}")
+        titles = ("bytes of weights", "bits/parameter", "bits/byte of text", "seconds to load")
+        print(f"\n{'':20}" + "".join(f"{title:>19}" for title in titles))
         for name, nbytes, bits, quality, seconds in rows:
-            print(f"{name:20}{nbytes:>18,}{bits:>16.2f}{quality:>19.4f}{seconds:>17.2f}")
+            print(f"{name:20}{nbytes:>19,}{bits:>19.2f}{quality:>19.4f}{seconds:>19.2f}")
         print(f"\nWhat each writes after {args.prompt!r}:")
         for name, text in texts.items():
             print(f"  {name:20}{text!r}")

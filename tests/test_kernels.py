@@ -43,11 +43,11 @@ def _case(spec, shape, dtype, device, rows=5):
 
 
 def _int8_bound(x, q, threshold):
-    """What LLM.int8() may differ from an exact product by: half a step of x in every inner column, times |w|."""
+    """What the int8 product may differ from an exact one by: half a step of x's second digit, times |w|, by column."""
     x = x.double()
     outlier = (x.abs() >= threshold).any(0) if threshold else torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     inner = x.masked_fill(outlier, 0)
-    half_step = inner.abs().amax(1, keepdim=True) / 127 * 0.5 * (1 + 1e-5)
+    half_step = inner.abs().amax(1, keepdim=True) / 127 / 254 * 0.5 * (1 + 1e-2)
     return half_step * (q.dequantize().double().abs() * ~outlier).sum(1)
 
 
@@ -131,8 +131,9 @@ def test_outputs_are_as_close_as_those_of_bitsandbytes(format, dtype, rows, devi
     q = QuantTensor.quantize(w, QuantSpec(format))
     exact = x.double() @ q.to(torch.float32).dequantize().double().t()
     ours, theirs = (linear(x, q).double() - exact).norm(), (peer(x).double() - exact).norm()
-    # both round the same way where they do the same arithmetic; then only the order of fp32 sums differs
-    assert ours <= theirs * 1.02
+    # both round the same way where they do the same arithmetic; then only the order of fp32 sums differs. In the int8
+    # product x has 8 bits there and two digits of them here
+    assert ours <= theirs * (0.5 if format == "int8" else 1.02)
 
 
 @given(st.integers(1, 40), st.integers(1, 150), st.integers(0, 20), st.sampled_from(SPECS), st.integers(0, 2**31))

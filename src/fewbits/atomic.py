@@ -62,8 +62,8 @@ def _can_exchange(target: Path) -> bool:
     """Whether the folder can change places: it is no mount point or working directory, and the file system can."""
     if os.path.ismount(target) or target == Path.cwd() or target in Path.cwd().parents:
         return False
-    with tempfile.TemporaryDirectory(prefix=_STAGING.format(name=target.name), dir=target.parent) as d:
-        probes = Path(d, "a"), Path(d, "b")
+    with _staging_folder(target.parent, target.name) as folder:
+        probes = folder / "a", folder / "b"
         for probe in probes:
             probe.mkdir()
         return exchange(*probes)
@@ -78,34 +78,66 @@ def _sync(path: Path) -> None:
 
 
 def _link_tree(source: Path, target: Path, skip: Callable[[str], bool] = lambda name: False) -> None:
-    for entry in os.scandir(source):
-        place = target / entry.name
-        if skip(entry.name):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            place.mkdir(exist_ok=True)
-            _link_tree(Path(entry.path), place)
-            shutil.copystat(entry.path, place)
-        elif os.path.lexists(place):
-            continue
-        elif entry.is_symlink():
-            place.symlink_to(Path(entry.path).readlink())
-        else:
-            try:
-                os.link(entry.path, place)
-            except OSError:  # a file system without hard links
-                shutil.copy2(entry.path, place)
+    """Give the target every file of the source that it has not, by hard link where that can be."""
+    with os.scandir(source) as entries:
+        for entry in entries:
+            place = target / entry.name
+            if skip(entry.name):
+                continue
+            with contextlib.suppress(FileNotFoundError, FileExistsError):  # gone meanwhile, or there already
+                if entry.is_dir(follow_symlinks=False):
+                    place.mkdir(exist_ok=True)
+                    _link_tree(Path(entry.path), place)
+                    shutil.copystat(entry.path, place)
+                elif entry.is_symlink():
+                    place.symlink_to(Path(entry.path).readlink())
+                elif not os.path.lexists(place):
+                    _link(entry.path, place)
 
 
-def _lock(folder: Path) -> int | None:
-    """A handle that holds the lock on a folder until it is closed; ``None`` where another holds it."""
+def _link(source: str, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links, or that many of one file
+        shutil.copy2(source, place)
+
+
+def _lock(folder: Path) -> int:
+    """A handle that holds the lock on a folder until it is closed.
+
+    Raises:
+        BlockingIOError: another holds it.
+        OSError: the file system has no locks.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks
+    except OSError:
         os.close(handle)
-        return None
+        raise
     return handle
+
+
+@contextlib.contextmanager
+def _staging_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder for the target of this name, locked and in the end removed."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_STAGING.format(name=name), dir=parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            if fcntl is None:
+                break  # type: ignore[unreachable]  # reached on Windows
+            try:
+                stack.callback(os.close, _lock(folder))
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another saver has taken it for left behind before it was locked
+            except OSError:  # nobody can lock here, so nobody removes it
+                break
+            if folder.exists():
+                break
+        yield folder
 
 
 def _remove_stale(target: Path) -> None:
@@ -115,11 +147,10 @@ def _remove_stale(target: Path) -> None:
             continue
         for entry in folder.iterdir():
             if entry.name.startswith(_STAGING.format(name=target.name)):
-                with contextlib.suppress(OSError):  # another saver may be deleting it too
+                with contextlib.suppress(OSError):  # its saver lives, or another is deleting it too
                     lock = _lock(entry)
-                    if lock is not None:
-                        shutil.rmtree(entry, ignore_errors=True)
-                        os.close(lock)
+                    shutil.rmtree(entry, ignore_errors=True)
+                    os.close(lock)
 
 
 @contextlib.contextmanager
@@ -134,8 +165,6 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
         SaveError: nothing could be written, or the disk is full; the target is as it was.
     """
     target = Path(os.path.realpath(Path(folder).expanduser()))
-    staging: Path | None = None
-    lock: int | None = None
     try:
         if target.exists() and not target.is_dir():
             raise SaveError("the path is a file", file=target, expected="a folder")
@@ -144,27 +173,15 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
         occupied = target.is_dir() and any(target.iterdir())
         swap = not occupied or _can_exchange(target)
         in_place = target.is_dir() and (os.path.ismount(target) or not swap or target == Path.cwd())
-        prefix = _STAGING.format(name=target.name)
-        staging = Path(tempfile.mkdtemp(prefix=prefix, dir=target if in_place else target.parent))
-        lock = None if fcntl is None else _lock(staging)
-        yield staging, f"-{staging.name[-8:]}" if in_place and _tensor_files(target) else ""
-        for path in staging.iterdir():
-            _sync(path)
-        if in_place:
-            _move_in(staging, target)
-        else:
-            mode = target.stat().st_mode if target.exists() else 0o777 & ~_umask()
-            staging.chmod(mode & 0o7777)
-            if not occupied:
-                os.replace(staging, target)  # over nothing, or over an empty folder
+        with _staging_folder(target if in_place else target.parent, target.name) as staging:
+            yield staging, f"-{staging.name[-8:]}" if in_place and _tensor_files(target) else ""
+            for path in staging.iterdir():
+                _sync(path)
+            if in_place:
+                _move_in(staging, target)
             else:
-                _link_tree(target, staging, skip=is_checkpoint_file)
-                _sync(staging)
-                if not exchange(staging, target):
-                    raise OSError("the folders could not be exchanged")
-                with contextlib.suppress(FileNotFoundError):  # the next saver has cleared it away
-                    _link_tree(staging, target, skip=is_checkpoint_file)  # what others wrote there meanwhile
-        _sync(target.parent)
+                _put(staging, target)
+            _sync(target.parent)
     except FewbitsError:
         raise
     except OSError as error:
@@ -173,11 +190,21 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, str]]:
             file=target,
             hint="free space or choose another folder; what was there before is untouched",
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+
+
+def _put(staging: Path, target: Path) -> None:
+    """Let the staging folder become the target, with the files of the target that are no checkpoint."""
+    occupied = target.is_dir() and any(target.iterdir())
+    staging.chmod((target.stat().st_mode if target.exists() else 0o777 & ~_umask()) & 0o7777)
+    if not occupied:
+        os.replace(staging, target)  # over nothing, or over an empty folder
+        return
+    _link_tree(target, staging, skip=is_checkpoint_file)
+    _sync(staging)
+    if not exchange(staging, target):
+        raise OSError("the folders could not be exchanged")
+    with contextlib.suppress(FileNotFoundError):  # the next saver has cleared it away
+        _link_tree(staging, target, skip=is_checkpoint_file)  # what others wrote there meanwhile
 
 
 def _umask() -> int:
@@ -220,9 +247,9 @@ def _move_in(staging: Path, target: Path) -> None:
         _sync(commit)
         os.replace(commit, target / entry)
         for name in replaced:
-            (target / name).unlink()
+            (target / name).unlink(missing_ok=True)
     os.replace(staging / entry, target / entry)
     _sync(target)
     for name in sorted(old - new - {*_INDEXES, *replaced}):
-        (target / name).unlink()
+        (target / name).unlink(missing_ok=True)
     _sync(target)

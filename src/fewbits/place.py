@@ -21,7 +21,7 @@ _HELD = 128 << 20  # bytes of tensors worked through before freed memory goes ba
 
 
 def check_values(value: Tensor, placement: Placement, path: str, error: type[FewbitsError] = ConfigError) -> None:
-    """Raise ``error``, which names the parameter, for a value that is not finite or that what it becomes cannot hold."""
+    """Raise ``error``, which names the parameter, for a value that is not finite or beyond what it is to become."""
     if not value.is_floating_point() or value.numel() == 0:
         return
     if placement.spec is not None:

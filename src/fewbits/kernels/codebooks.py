@@ -59,7 +59,10 @@ def decision_rule(name: str, device: torch.device) -> tuple[torch.Tensor, torch.
 
 @functools.lru_cache(maxsize=64)
 def pair_table(name: str, device: torch.device) -> torch.Tensor:
-    """fp32 [256, 2]: the two values that a packed byte holds, the high nibble (the even index) first."""
+    """int64 [256]: as two fp32, the values that a packed byte holds, the high nibble (the even index) first.
+
+    One 8-byte element is gathered in less than half the time of a row of two.
+    """
     values = codebook(name, torch.device("cpu"))
     byte = torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).to(device)
+    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).view(-1).to(device)

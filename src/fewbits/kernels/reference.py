@@ -12,8 +12,10 @@ accumulation is fp32 too. Work is cut into pieces, so that a temporary never gro
 
 8-bit, LLM.int8() (Dettmers et al., 2022):
     q       int8 [..., N, K],  absmax fp32 [..., N]:   W = q * absmax / 127
-    x @ W.T = int32(x_q @ q.T) * x_absmax * absmax / 127²  +  x[:, outliers] @ W[:, outliers].T
-    where x_q is x rounded to 8 bits by row without its outlier columns, those with any |x| >= threshold.
+    x @ W.T = (int32(x_1 @ q.T) + int32(x_2 @ q.T) / 254) * x_absmax * absmax / 127²  +  x[:, out] @ W[:, out].T
+    where x * 127 / x_absmax = x_1 + x_2 / 254 by row, without the outlier columns ``out``, those with any
+    |x| >= threshold. The paper stops at x_1. A second 8-bit digit makes the product as accurate as 16-bit activations
+    are, for one more integer product: what is left is the rounding of the weights.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ _TINY = 1e-38  # bitsandbytes' floor under a divisor, so that an all-zero block 
 
 
 def _piece(device: torch.device) -> int:
-    """Elements worked on at a time: 16 MiB of fp32 on a CPU, where caches matter, 256 MiB on an accelerator."""
-    return 1 << 22 if device.type == "cpu" else 1 << 26
+    """Elements worked on at a time: 4 MiB of fp32 on a CPU, where caches matter, 256 MiB on an accelerator."""
+    return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
 # ------------------------------------------------------------------------------------------------- quantizing
@@ -60,16 +62,29 @@ def _normalize(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return scaled, absmax
 
 
+def _nearest(scaled: Tensor, table: str) -> Tensor:
+    """uint8 codes of the table's nearest values."""
+    bounds, codes = decision_rule(table, scaled.device)
+    if scaled.device.type == "cpu" and len(bounds) < 16:
+        # a sum of comparisons: a third of the time of torch's binary search
+        position = torch.zeros(scaled.shape, dtype=torch.uint8)
+        above = torch.empty(scaled.shape, dtype=torch.bool)
+        for bound in bounds.tolist():
+            position += torch.gt(scaled, bound, out=above)
+    else:
+        position = torch.bucketize(scaled, bounds, out_int32=True)
+    return position.to(torch.uint8) if table != "fp4" else codes[position.int()]
+
+
 def quantize_4bit(w: Tensor, format: str, block_size: int) -> tuple[Tensor, Tensor]:
     flat = w.reshape(-1)
-    bounds, codes = decision_rule(format, w.device)
     step = max(_piece(w.device) // (2 * block_size), 1) * 2 * block_size  # whole bytes and whole blocks
     packed, absmax = [], []
     for start in range(0, flat.numel(), step):
         scaled, piece_absmax = _normalize(flat[start : start + step].float(), block_size)
         if scaled.numel() % 2:
             scaled = F.pad(scaled, (0, 1))  # the unused last nibble holds the code of zero
-        code = codes[torch.bucketize(scaled, bounds, out_int32=True)]
+        code = _nearest(scaled, format)
         packed.append((code[::2] << 4) | code[1::2])
         absmax.append(piece_absmax)
     if not packed:
@@ -88,8 +103,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if absmax.device.type == "cpu":
         # bitsandbytes' CPU code looks the value up in a table of 65536 steps over [-1, 1] instead of comparing it
         scaled = ((scaled + 1) * 32767.5 + 0.5).floor().clamp_(0, 65535) * 2 / 65535 - 1
-    bounds, codes = decision_rule("dynamic", absmax.device)
-    return codes[torch.bucketize(scaled, bounds, out_int32=True)], nested, offset
+    return _nearest(scaled, "dynamic"), nested, offset
 
 
 def _int8_scale(absmax: Tensor) -> Tensor:
@@ -134,7 +148,7 @@ def decode_absmax(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: T
 
 def _decode_4bit(packed: Tensor, absmax: Tensor, format: str, block_size: int, n: int) -> Tensor:
     """fp32 [n] from flat ``packed`` and flat fp32 ``absmax``."""
-    values = F.embedding(packed.int(), pair_table(format, packed.device)).view(-1)
+    values = pair_table(format, packed.device).index_select(0, packed.int()).view(torch.float32)
     whole = n - n % block_size
     if whole == n:
         return values.view(-1, block_size).mul_(absmax[:, None]).view(-1)
@@ -264,8 +278,12 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     outlier_K = (x_MK.abs() >= threshold).any(dim=0) if threshold > 0 else None
     inner_MK = x_MK if outlier_K is None else x_MK.masked_fill(outlier_K, 0.0)
     x_absmax_M = inner_MK.abs().amax(dim=1, keepdim=True)
-    x_q = torch.round(inner_MK * (127.0 / x_absmax_M.clamp(min=_TINY))).to(torch.int8)
-    out_MN = _int8_product(x_q, q) * (x_absmax_M * (absmax * (1 / (127 * 127))))
+    scaled_MK = inner_MK * (127.0 / x_absmax_M.clamp(min=_TINY))
+    first_MK = torch.round(scaled_MK)
+    second_MK = torch.round((scaled_MK - first_MK) * 254.0)
+    out_MN = _int8_product(second_MK.to(torch.int8), q) / 254.0
+    out_MN += _int8_product(first_MK.to(torch.int8), q)
+    out_MN *= x_absmax_M * (absmax * (1 / (127 * 127)))
     if outlier_K is not None:
         scale_N = absmax * (1 / 127)
         if x.device.type == "cpu":

@@ -1,0 +1,131 @@
+"""The command line: ``quantize``, ``inspect`` and ``generate``. Everything it does, the library does."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fewbits
+
+app = typer.Typer(help="Load, quantize and save PyTorch models in 8 or 4 bits.", no_args_is_help=True)
+console = Console()
+Source = Annotated[str, typer.Argument(help="A folder with config.json and weights, or a Hugging Face hub id.")]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda:0", …')]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a hub id.")]
+
+
+class FormatName(str, Enum):
+    """The formats, for the command line's own check."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+
+
+@contextlib.contextmanager
+def _said_plainly() -> Iterator[None]:
+    """Bad input ends with its message and exit status 1, not with a traceback."""
+    try:
+        yield
+    except fewbits.FewbitsError as error:
+        Console(stderr=True).print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def quantize(
+    source: Source,
+    target: Annotated[Path, typer.Argument(help="The folder to save to.")],
+    format: Annotated[FormatName, typer.Option(help="What to quantize to.")] = FormatName.nf4,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the scales as well (4-bit).")] = False,
+    block_size: Annotated[int, typer.Option(help="Elements that share a scale (4-bit).")] = 64,
+    skip: Annotated[list[str] | None, typer.Option(help="A module not to quantize; may be repeated.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "10GB",
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Quantize a transformers model and save it, so that fewbits and transformers with bitsandbytes load it."""
+    with _said_plainly():
+        settings: dict[str, Any] = {
+            "block_size": block_size,
+            "double_quant": double_quant,
+            "skip_modules": skip or None,
+        }
+        model = fewbits.from_pretrained(source, format.value, device_map=device, revision=revision, **settings)
+        fewbits.save(model, target, max_shard_size=max_shard_size)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
+            if (Path(source) / name).is_file() and not (target / name).exists():
+                shutil.copy2(Path(source) / name, target / name)
+        total = fewbits.summary(model).total
+        console.print(
+            f"{target}: {total.parameters:,} parameters in {total.nbytes:,} bytes, {total.bits:.2f} bits each"
+        )
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A checkpoint: a file, an index, a folder or a hub id.")],
+    names: Annotated[bool, typer.Option(help="List every parameter instead of totals.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Show what a checkpoint holds, from its headers alone."""
+    from fewbits.checkpoint import open_checkpoint
+    from fewbits.match import sources_of
+
+    with _said_plainly():
+        checkpoint = open_checkpoint(source, revision=revision)
+        rows: dict[str, tuple[int, int, int]] = {}
+        table = Table("stored as", "tensors", "parameters", "bytes")
+        listing = Table("name", "stored as", "shape", "bytes")
+        for name, found in sources_of(checkpoint).items():
+            stored = str(found.spec) if found.spec is not None else str(found.dtype).removeprefix("torch.")
+            nbytes = sum(checkpoint.tensors[key].nbytes for key in found.group.keys.values())
+            count = 1
+            for size in found.shape:
+                count *= size
+            tensors, parameters, total = rows.get(stored, (0, 0, 0))
+            rows[stored] = (tensors + 1, parameters + count, total + nbytes)
+            listing.add_row(name, stored, "×".join(map(str, found.shape)), f"{nbytes:,}")
+        for stored, row in rows.items():
+            table.add_row(stored, *(f"{value:,}" for value in row))
+        console.print(listing if names else table)
+
+
+@app.command()
+def generate(
+    source: Source,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    format: Annotated[FormatName | None, typer.Option(help="What to quantize to; what it is by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 50,
+    device: Device = "auto",
+    revision: Revision = None,
+) -> None:
+    """Load a transformers model, quantized if asked, and let it write."""
+    with _said_plainly():
+        from fewbits.checkpoint import local_path
+
+        path = local_path(source, revision=revision)
+        model = fewbits.from_pretrained(path, format.value if format else None, device_map=device)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        console.print(tokenizer.decode(written[0], skip_special_tokens=True), markup=False, highlight=False)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
