@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -13,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, CheckpointNotFoundError
-from fewbits.files import PICKLES, StoredTensor, open_file
+from fewbits.files import PICKLES, StoredTensor, check_stamp, open_file, stamp
 
 READ_AHEAD = 256 << 20  # bytes read but not yet taken
 
@@ -136,6 +137,8 @@ def _entry_file(folder: Path) -> Path:
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     indexes = [p for p in files if p.name.endswith(".index.json")]
     singles = [p for p in files if p.name in ("model.safetensors", "pytorch_model.bin")]
+    if len(indexes) == 1 and singles:  # a save that was killed between its last two steps says which file is obsolete
+        singles = [p for p in singles if p.name not in _replaced(indexes[0])]
     if len(indexes) > 1 or (indexes and singles):
         raise CheckpointError(
             f"the folder holds more than one checkpoint: {', '.join(p.name for p in indexes + singles)}",
@@ -158,6 +161,15 @@ def _entry_file(folder: Path) -> Path:
         expected="an index (*.index.json) that says which tensor is where",
         hint="give the file that is meant, or fetch the index",
     )
+
+
+def _replaced(index: Path) -> list[str]:
+    """The single files that an index says it has taken the place of (see :mod:`fewbits.atomic`)."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["metadata"]["replaces"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return names if isinstance(names, list) else []
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -183,6 +195,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def _open_index(index: Path) -> dict[str, StoredTensor]:
+    stamps = {index: stamp(index)} if index.exists() else {}
     names = read_index(index)
     absent = [shard for shard in sorted(set(names.values())) if not (index.parent / shard).exists()]
     if absent:
@@ -194,6 +207,8 @@ def _open_index(index: Path) -> dict[str, StoredTensor]:
         )
     found: dict[str, StoredTensor] = {}
     for shard in sorted(set(names.values())):
+        with contextlib.suppress(OSError):  # what has vanished since is said by opening it
+            stamps[index.parent / shard] = stamp(index.parent / shard)
         tensors, metadata = open_file(index.parent / shard)
         lacking = [n for n, s in names.items() if s == shard and n not in tensors and n not in metadata]
         if lacking:
@@ -203,6 +218,8 @@ def _open_index(index: Path) -> dict[str, StoredTensor]:
             )
         tensors = {n: t for n, t in tensors.items() if names.get(n) == shard}
         found |= _with_aliases(tensors, metadata, index.parent / shard)
+    for file, before in stamps.items():
+        check_stamp(file, file, before)
     return found
 
 

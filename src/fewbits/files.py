@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -65,13 +66,36 @@ def writable_view(tensor: Tensor) -> memoryview:
     return memoryview(buffer).cast("B")
 
 
-def _read_exactly(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def stamp(file: Path | int) -> tuple[int, ...]:
+    """What tells a file (or an open one) from another that takes its name."""
+    found = os.fstat(file) if isinstance(file, int) else file.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def check_stamp(file: Path, now: Path | int, before: tuple[int, ...]) -> None:
+    """Raise if another file has taken the name since, so that parts of two checkpoints never become one model.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    try:
+        same = stamp(now) == before
+    except OSError:
+        same = False
+    if not same:
+        raise CheckpointError("the file was replaced or cut off while being read", file=file, hint="load it again")
+
+
+def _read_exactly(
+    file: Path, opened: tuple[int, ...], offset: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
     out = torch.empty(shape, dtype=dtype)
     if out.nbytes == 0:
         return out
     view, done = writable_view(out), 0
     try:
         with open(file, "rb", buffering=0) as handle:
+            check_stamp(file, handle.fileno(), opened)
             handle.seek(offset)
             while done < len(view) and (count := handle.readinto(view[done : done + (64 << 20)])):
                 done += count
@@ -92,8 +116,9 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     def bad(what: str, **kwargs: Any) -> CheckpointError:
         return CheckpointError(what, file=file, hint="fetch or save the file again", **kwargs)
 
-    size = file.stat().st_size
     with open(file, "rb") as handle:
+        opened = stamp(handle.fileno())
+        size = opened[-1]
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > _MAX_HEADER or length > size - 8:
             raise bad(
@@ -129,7 +154,7 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
                 expected=f"{nbytes} bytes within the file (it is cut off, or the header lies)",
             )
         spans.append((begin, end, name))
-        read = _reader(file, data + begin, dtype, shape)
+        read = _reader(file, opened, data + begin, dtype, shape)
         found[name] = StoredTensor(name, file, dtype, shape, nbytes, data + begin, read, (str(file), name))
     position = 0
     for begin, end, name in sorted(spans):
@@ -141,8 +166,10 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     return found, {str(k): str(v) for k, v in metadata.items()}
 
 
-def _reader(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    return lambda: _read_exactly(file, offset, dtype, shape)
+def _reader(
+    file: Path, opened: tuple[int, ...], offset: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Callable[[], Tensor]:
+    return lambda: _read_exactly(file, opened, offset, dtype, shape)
 
 
 def open_pickle(file: Path) -> dict[str, StoredTensor]:
