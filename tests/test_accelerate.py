@@ -64,8 +64,8 @@ def build(name: str) -> nn.Module:
 
 def outputs(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        out = model(IDS)
-    return out if isinstance(out, torch.Tensor) else out.logits
+        out = model(IDS.to(next(model.parameters()).device))
+    return (out if isinstance(out, torch.Tensor) else out.logits).cpu()
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -77,23 +77,27 @@ def on_meta(model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["gpt", "llama", "gpt2", "opt"])
-def test_the_recipe(tmp_path: Path, checkpoints: dict[str, Path], model_state: Any, name: str, form: str) -> None:
+def test_the_recipe(
+    tmp_path: Path, checkpoints: dict[str, Path], model_state: Any, name: str, form: str, device: str
+) -> None:
+    device_map = "cpu" if device == "cpu" and torch.cuda.is_available() else "auto"
     with init_empty_weights():
         empty_model = build(name)
     assert on_meta(empty_model)
     before = model_state(empty_model)
     config = BnbQuantizationConfig(**FORMS[form])
     model = load_and_quantize_model(
-        empty_model, weights_location=checkpoints[name], bnb_quantization_config=config, device_map="auto"
+        empty_model, weights_location=checkpoints[name], bnb_quantization_config=config, device_map=device_map
     )
     Accelerator().save_model(model, tmp_path / "new")
     again = load_and_quantize_model(
-        empty_model, weights_location=tmp_path / "new", bnb_quantization_config=config, device_map="auto"
+        empty_model, weights_location=tmp_path / "new", bnb_quantization_config=config, device_map=device_map
     )
     assert on_meta(empty_model)
     after = model_state(empty_model)
     assert [facts[:5] for facts in after.values()] == [facts[:5] for facts in before.values()]
     assert type(model) is type(again) is type(empty_model)
+    assert {t.device.type for t in [*again.parameters(), *again.buffers()]} == {device}
     assert same_tensors(again.state_dict(), model.state_dict())
     assert torch.equal(outputs(again), outputs(model))
     assert outputs(again).isfinite().all()
@@ -107,7 +111,7 @@ def test_the_recipe(tmp_path: Path, checkpoints: dict[str, Path], model_state: A
     # and it is the model of the checkpoint: close to it in full precision
     if "fp4" not in repr(again):
         full = build(name)
-        full.load_state_dict(fewbits.load(empty_model, checkpoints[name]).state_dict())
+        full.load_state_dict(fewbits.load(empty_model, checkpoints[name], device_map="cpu").state_dict())
         error = (outputs(again).float() - outputs(full)).norm() / outputs(full).norm()
         assert error < (0.02 if config.load_in_8bit else 0.2)
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -195,6 +194,8 @@ def test_gpt2_xl_targets_follow_from_the_shapes() -> None:
 
 def test_notebook(tmp_path: Path) -> None:
     """Its code cells, one after the other, at a small size."""
+    import nbformat
+
     notebook = nbformat.read(EXAMPLES / "gpt2_xl.ipynb", as_version=4)
     nbformat.validate(notebook)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
