@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _cpu_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that does not take ``device`` is about the CPU: on a machine with a GPU it is run as if there were none."""
+    """A test that does not take ``device`` is about the CPU: a machine with a GPU runs it as if there were none."""
     if "device" not in request.fixturenames:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 

@@ -682,8 +682,9 @@ def test_cuda_where_there_is_none(device_map, tmp_path, refused):
     refused(tmp_path, "sees no CUDA GPU", "auto", error=ConfigError, config="nf4", device_map=device_map)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_gpu_that_is_not_there(tmp_path, refused):
+def test_a_gpu_that_is_not_there(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     write(tmp_path, good_state())
     refused(tmp_path, "there is no cuda:99", error=ConfigError, config="nf4", device_map=99)
 

@@ -502,6 +502,7 @@ def test_the_clients_own_environment_variables(tmp_path):
     def run(**variables: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
         environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # what is compared was made on the CPU
         out = tmp_path / "state.pt"
         out.unlink(missing_ok=True)
         subprocess.run([sys.executable, "-c", PROGRAM, str(out)], env=environment | variables, check=True, timeout=100)
