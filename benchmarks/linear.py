@@ -33,11 +33,13 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def race(calls: dict[str, Callable[[int], object]], device: str, rounds: int, seconds: float) -> dict[str, float]:
+def race(
+    calls: dict[str, Callable[[int], object]], weights: int, device: str, rounds: int, seconds: float
+) -> dict[str, float]:
     """Median microseconds of each call, taken in turn: ``call(i)`` with a counter that rotates the weights."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        for i in range(2):
+        for i in range(weights):  # every one: a peer may repack a weight when it is first used
             call(i)
     _synchronize(device)
     end, i = time.perf_counter() + seconds, 0
@@ -98,7 +100,7 @@ def main() -> None:
     print(f"{'':8}{'rows':>6}{'torch bf16':>12}{'bitsandbytes':>14}{'fewbits':>10}{'ours/peer':>11}{'limit':>8}")
     for format in ("nf4", "int8"):
         nbytes = quantized_bytes(QuantSpec(format), (n, k))
-        count = max(2, min(64, ROTATE // nbytes))
+        count = max(2, min(32, ROTATE // nbytes))
         weights = [torch.randn(n, k, device=args.device, dtype=DTYPE) * 0.02 for _ in range(count)]
         ours = [QuantTensor.quantize(w, format) for w in weights]
         peers = peer_layers(format, weights, args.device)
@@ -111,6 +113,7 @@ def main() -> None:
                         "peer": lambda i: peers[i % len(peers)](x),  # noqa: B023
                         "ours": lambda i: linear(x, ours[i % len(ours)]),  # noqa: B023
                     },
+                    count,
                     args.device,
                     3,
                     args.seconds,

@@ -58,7 +58,22 @@ def gpt2_xl() -> str:
     )
 
 
-TABLES = {"quality": quality, "gpt2_xl": gpt2_xl}
+def linear() -> str:
+    rows = [
+        (f"{row['format']}, {where}", row["rows"], row)
+        for where, name in (("2 CPU cores", "linear-cpu.json"), ("one H200, eager", "linear-cuda.json"))
+        for row in _load(name)["rows"]
+    ]
+    return _table(
+        ("4096 × 4096, bf16 input, µs a call", "rows", "bf16 torch", "bitsandbytes", "fewbits", "fewbits / peer"),
+        (
+            (name, str(m), f"{r['torch']:.0f}", f"{r['peer']:.0f}", f"{r['ours']:.0f}", f"{r['ours'] / r['peer']:.1f}")
+            for name, m, r in rows
+        ),
+    )
+
+
+TABLES = {"quality": quality, "gpt2_xl": gpt2_xl, "linear": linear}
 
 
 def render(text: str) -> str:

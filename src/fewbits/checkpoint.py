@@ -9,12 +9,12 @@ import queue
 import re
 import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, CheckpointNotFoundError
-from fewbits.files import PICKLES, StoredTensor, check_stamp, open_file, stamp
+from fewbits.files import PICKLES, StoredTensor, check_stamp, open_file, read_index, stamp
 
 READ_AHEAD = 256 << 20  # bytes read but not yet taken
 
@@ -170,28 +170,6 @@ def _replaced(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return names if isinstance(names, list) else []
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, relative to the index.
-
-    Raises:
-        CheckpointError: it is no index, or names files outside its folder.
-    """
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(k): str(v) for k, v in weight_map.items()}
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=index) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError("not an index", file=index, expected='JSON with a "weight_map"') from error
-    if not names:
-        raise CheckpointError("the index names no tensors", file=index)
-    for shard in dict.fromkeys(names.values()):
-        path = PureWindowsPath(shard)  # knows both separators, and drives
-        if path.is_absolute() or path.drive or path.root or ".." in path.parts or "\0" in shard:
-            raise CheckpointError(f"the index names a file outside its folder: {shard!r}", file=index)
-    return names
 
 
 def _open_index(index: Path) -> dict[str, StoredTensor]:

@@ -1,4 +1,4 @@
-"""Checkpoint files: safetensors and torch.save, to named tensors that are not read yet.
+"""Checkpoint files: safetensors, torch.save and indexes, to named tensors that are not read yet.
 
 Nothing is read when a file is opened but its header, and everything that can be known from that is checked there:
 that the file is whole, that offsets cover the data exactly, that shapes agree with sizes. safetensors data is read with
@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -246,3 +246,25 @@ def open_file(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         file=file,
         expected=f".safetensors, {', '.join(PICKLES)}, or an index .json",
     )
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, relative to the index.
+
+    Raises:
+        CheckpointError: it is no index, or names files outside its folder.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(k): str(v) for k, v in weight_map.items()}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=index) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError("not an index", file=index, expected='JSON with a "weight_map"') from error
+    if not names:
+        raise CheckpointError("the index names no tensors", file=index)
+    for shard in dict.fromkeys(names.values()):
+        path = PureWindowsPath(shard)  # knows both separators, and drives
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts or "\0" in shard:
+            raise CheckpointError(f"the index names a file outside its folder: {shard!r}", file=index)
+    return names

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewbits.checkpoint import read_index
 from fewbits.errors import CheckpointError, CheckpointNotFoundError, FewbitsError
+from fewbits.files import read_index
 
 # the files a checkpoint may begin with, best first
 _ENTRIES = (
