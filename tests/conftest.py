@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The GPU, for what only one can show."""
+    return "cuda"
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
@@ -18,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _cpu_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that does not take ``device`` is about the CPU: a machine with a GPU runs it as if there were none."""
-    if "device" not in request.fixturenames:
+    if not {"device", "gpu"} & set(request.fixturenames):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

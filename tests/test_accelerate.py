@@ -445,8 +445,9 @@ def test_a_model_with_values_is_quantized_in_place(checkpoints: dict[str, Path],
 def test_an_empty_model_without_weights_is_refused() -> None:
     with init_empty_weights():
         empty_model = build("gpt")
-    with pytest.raises(ConfigError, match="weights_location"):
+    with pytest.raises(ConfigError, match="weights_location") as error:
         load_and_quantize_model(empty_model, BnbQuantizationConfig(load_in_8bit=True))
+    assert isinstance(error.value, RuntimeError)  # which is what Accelerate raises
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_layers_import_only_what_stands_below_them():
     """A module's place in this list is its layer; it imports nothing that stands after it."""
     layers = [
         "errors", "kernels.codebooks", "kernels.reference", "kernels", "formats", "tensor", "dispatch", "statedict",
-        "modules", "config", "structure", "plan", "meta", "files", "hub", "checkpoint", "match", "integrations.hf",
+        "modules", "config", "structure", "plan", "meta", "files", "hub", "checkpoint", "match", "hf",
         "place", "load", "inplace", "pretrained", "atomic", "save", "summary", "accelerate.accelerator",
         "accelerate.utils", "accelerate",
     ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_layers_import_only_what_stands_below_them():
         str(p.relative_to(source).with_suffix("")).replace("/", ".").removesuffix(".__init__")
         for p in source.rglob("*.py")
     }
-    assert found - {"__init__", "cli", "integrations"} == set(layers)
+    assert found - {"__init__", "cli"} == set(layers)
     late = {("tensor", "dispatch")}  # the class knows, when it is used, that there are rules for it
     for place, name in enumerate(layers):
         path = source / (name.replace(".", "/") + ".py")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.errors import ConfigError
-from fewbits.integrations.hf import record_config
+from fewbits.hf import record_config
 from fewbits.modules import quantize_parameter
 from fewbits.place import Heap, bar, check_values, move_buffers, put
 from fewbits.plan import DeviceMap, make_plan, owners_of, planned_bytes, resolve_device

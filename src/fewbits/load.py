@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewbits.checkpoint import Checkpoint, open_checkpoint
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
-from fewbits.integrations.hf import record_config, renaming
+from fewbits.hf import record_config, renaming
 from fewbits.match import Target, ignored_by, match
 from fewbits.meta import empty_copy
 from fewbits.modules import quantize_parameter, stores_transposed

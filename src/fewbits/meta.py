@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fewbits.errors import ConfigError
@@ -59,6 +60,22 @@ def init_on_device(device: torch.device, include_buffers: bool | None = None) ->
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves out the initialization of tensors on the meta device, which has no values to set.
+
+    Besides doing nothing, ``normal_`` on such a tensor imports torch's compiler: a second for every process.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None)
+        if func is torch.Tensor.normal_ or (module == "torch.nn.init" and name.endswith("_")):
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Build a model of any size without memory for its parameters: they go to the meta device.
@@ -66,7 +83,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     Args:
         include_buffers: see :func:`init_on_device`.
     """
-    with init_on_device(torch.device("meta"), include_buffers=include_buffers):
+    with init_on_device(torch.device("meta"), include_buffers=include_buffers), _SkipInitialization():
         yield
 
 

@@ -17,7 +17,7 @@ from fewbits.modules import install
 from fewbits.plan import Owner, Placement
 from fewbits.tensor import QuantTensor
 
-_HELD = 128 << 20  # bytes of tensors worked through before freed memory goes back to the system
+_HELD = 32 << 20  # bytes of tensors worked through before freed memory goes back to the system
 
 
 def check_values(value: Tensor, placement: Placement, path: str, error: type[FewbitsError] = ConfigError) -> None:

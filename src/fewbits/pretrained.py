@@ -7,7 +7,7 @@ from typing import Any
 
 from fewbits.checkpoint import local_path
 from fewbits.config import QuantizationConfig, as_config
-from fewbits.integrations.hf import build_empty, read_config, recorded_settings
+from fewbits.hf import build_empty, read_config, recorded_settings
 from fewbits.load import load
 from fewbits.plan import DeviceMap, MaxMemory
 
@@ -45,7 +45,8 @@ def from_pretrained(
     config = as_config(config, **settings)
     recorded = recorded_settings(model_config)
     if recorded and config == QuantizationConfig(**settings) and config.format is None:
-        config = QuantizationConfig(**{**recorded, **settings})
+        # no format is asked for: the tensors say which they have, the record what they do not say
+        config = QuantizationConfig(**{**recorded, "format": None, "double_quant": False, **settings})
     model = build_empty(model_config, folder)
     loaded = load(
         model, weights, config, device_map=device_map, max_memory=max_memory, strict=strict, progress=progress

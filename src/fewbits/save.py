@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fewbits.atomic import replacing
-from fewbits.errors import SaveError
+from fewbits.errors import FewbitsWarning, SaveError
 from fewbits.files import SAFETENSORS_DTYPES, writable_view
-from fewbits.integrations.hf import bitsandbytes_config, is_transformers_model
+from fewbits.hf import bitsandbytes_config, is_transformers_model, mixes_formats
+from fewbits.place import bar
 from fewbits.plan import parse_bytes
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -57,10 +57,9 @@ def save(
     stem, suffix = ("model", ".safetensors") if safe_serialization else ("pytorch_model", ".bin")
     shards = plan_shards(state, aliases if not safe_serialization else {}, limit)
     total = sum(t.nbytes for t in state.values())
-    shown = sys.stderr.isatty() if progress is None else progress
     with (
         replacing(folder) as (staging, tag),
-        tqdm(total=total, unit="B", unit_scale=True, desc="saving", disable=not shown) as bar,
+        bar(total, progress, "saving") as shown,
     ):
         names = [f"{stem}{tag}-{i:05}-of-{len(shards):05}{suffix}" for i in range(1, len(shards) + 1)]
         if len(shards) == 1 and not tag:
@@ -69,11 +68,11 @@ def save(
         for name, keys in zip(names, shards, strict=True):
             own_aliases = {alias: kept for alias, kept in aliases.items() if kept in keys}
             if safe_serialization:
-                write_safetensors(staging / name, {k: state[k] for k in keys}, own_aliases, bar)
+                write_safetensors(staging / name, {k: state[k] for k in keys}, own_aliases, shown)
             else:
                 values = {k: _compact(state[k]) for k in keys}
                 _write_pickle(staging / name, {**values, **{a: values[kept] for a, kept in own_aliases.items()}})
-                bar.update(sum(t.nbytes for t in values.values()))
+                shown.update(sum(t.nbytes for t in values.values()))
             weight_map |= dict.fromkeys(keys if safe_serialization else [*keys, *own_aliases], name)
         if names != [stem + suffix]:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -132,7 +131,7 @@ def plan_shards(state: Mapping[str, Tensor], aliases: Mapping[str, str], limit: 
     return shards
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], bar: Any = None) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], shown: Any = None) -> None:
     """Write a safetensors file, one tensor in memory at a time.
 
     Wide dtypes come first, and the odd-sized JSON blobs last, so that every tensor is aligned to its dtype.
@@ -160,8 +159,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], aliases: Mappin
             data = tensors[key].detach().cpu().contiguous()
             if data.nbytes:
                 handle.write(writable_view(data))
-            if bar is not None:
-                bar.update(data.nbytes)
+            if shown is not None:
+                shown.update(data.nbytes)
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -184,6 +183,13 @@ def _write_configs(model: nn.Module, staging: Path) -> None:
     if not is_transformers_model(model):
         return
     config: Any = copy.deepcopy(model.config)
+    if mixes_formats(model):
+        warnings.warn(
+            "the model mixes formats or quantizes more than linear layers: fewbits loads it again, "
+            "transformers with bitsandbytes cannot",
+            FewbitsWarning,
+            stacklevel=3,
+        )
     recorded = bitsandbytes_config(model)
     if recorded is not None:
         config.quantization_config = recorded

@@ -19,6 +19,10 @@ from fewbits.plan import DeviceMap, MaxMemory, make_plan, planned_bytes, resolve
 __all__ = ["BnbQuantizationConfig", "load_and_quantize_model"]
 
 
+class MissingWeightsError(ConfigError, RuntimeError):
+    """A model without values and nowhere to load them from: a ``RuntimeError`` too, as in Accelerate."""
+
+
 @dataclass
 class BnbQuantizationConfig:
     """Accelerate's configuration of bitsandbytes quantization, with its defaults.
@@ -116,7 +120,7 @@ def load_and_quantize_model(
     config = bnb_quantization_config.to_fewbits()
     if weights_location is None:
         if any(p.is_meta for p in model.parameters()):
-            raise ConfigError(
+            raise MissingWeightsError(
                 "the model is on the meta device and no weights_location is given",
                 expected="a file, a folder or a hub id to load its weights from",
             )

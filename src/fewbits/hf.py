@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbits.errors import CheckpointNotFoundError, ConfigError, FewbitsWarning, MissingDependencyError
+from fewbits.errors import CheckpointNotFoundError, ConfigError, MissingDependencyError
 from fewbits.formats import FORMATS, QuantSpec
 from fewbits.meta import init_empty_weights
 from fewbits.modules import is_linear
@@ -126,28 +125,20 @@ def is_transformers_model(model: nn.Module) -> bool:
 def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
     """The ``quantization_config`` under which transformers with bitsandbytes loads this model's checkpoint.
 
-    ``None`` if nothing is quantized. One such config can describe one format on linear layers; with a warning, a model
-    that is more than that gets the config of the format most of its weights have.
+    ``None`` if nothing is quantized. One such config can describe one format on linear layers; a model that is more
+    than that gets the config of the format most of its weights have (see :func:`mixes_formats`).
     """
     specs: dict[QuantSpec, int] = {}
-    skipped, foreign = [], False
+    skipped = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, QuantTensor):
             specs[weight.spec] = specs.get(weight.spec, 0) + weight.numel()
-            foreign |= not is_linear(module)
         elif is_linear(module):
             skipped.append(name)
     if not specs:
         return None
     spec = max(specs, key=lambda s: specs[s])
-    if foreign or len({(s.format, s.double_quant) for s in specs}) > 1:
-        warnings.warn(
-            "the model mixes formats or quantizes more than linear layers: fewbits loads it again, "
-            "transformers with bitsandbytes cannot",
-            FewbitsWarning,
-            stacklevel=4,
-        )
     four = FORMATS[spec.format].blocked
     compute = spec.compute_dtype or torch.float32
     return {
@@ -165,6 +156,17 @@ def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
+
+
+def mixes_formats(model: nn.Module) -> bool:
+    """Whether the model is more than transformers with bitsandbytes can load: one format, on linear layers."""
+    found = {
+        (p.spec.format, p.spec.double_quant, name == "weight" and is_linear(module))
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if isinstance(p, QuantTensor)
+    }
+    return len(found) > 1 or any(not linear for _, _, linear in found)
 
 
 def record_config(model: nn.Module) -> None:

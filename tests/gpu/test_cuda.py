@@ -1,0 +1,71 @@
+"""What only a GPU can show: capture in a CUDA graph, other streams, and the peak of GPU memory.
+
+Without a GPU these are not collected; ``tests/gpu/run.sh`` runs them with all others.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fewbits
+from fewbits.formats import QuantSpec
+from fewbits.tensor import QuantTensor, embedding, linear
+
+SPECS = (QuantSpec("nf4"), QuantSpec("fp4", 128, True), QuantSpec("int8", threshold=0.0), QuantSpec("int8"))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_captured_in_a_graph(spec, rows, gpu):
+    q = QuantTensor.quantize(torch.randn(64, 128, device=gpu), spec)
+    x = torch.randn(rows, 128, device=gpu, dtype=torch.bfloat16)
+    ids = torch.randint(0, 64, (rows,), device=gpu)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # warm up, as torch asks
+        for _ in range(3):
+            linear(x, q), embedding(ids, q)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, rows_out = linear(x, q), embedding(ids, q)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x) * torch.randint(1, 9, (128,), device=gpu))
+        ids.copy_(torch.randint(0, 64, (rows,), device=gpu))
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.testing.assert_close(out, linear(x, q), rtol=1e-2, atol=1e-2)
+        assert torch.equal(rows_out, embedding(ids, q))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_on_another_stream(spec, gpu):
+    q = QuantTensor.quantize(torch.randn(64, 128, device=gpu), spec)
+    x = torch.randn(5, 128, device=gpu)
+    expected = linear(x, q)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = linear(x, q)
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_the_peak_of_gpu_memory(format, gpu, tmp_path):
+    """The quantized model, and what one tensor takes while it is quantized: never the model in full precision."""
+    width, layers = 2048, 16
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+
+    fewbits.save(build(), tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = fewbits.load(build, tmp_path, format, skip_modules=[], device_map=gpu)
+    final = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert final <= fewbits.summary(model).total.nbytes + 512 * (2 * layers + 8)  # the allocator rounds up to 512
+    # in fp32, of one weight: itself, normalized, and two temporaries; the int64 of a table look-up for int8's codes
+    assert peak <= final + 6 * 4 * width * width
