@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import mmap
 import os
 import warnings
 import zipfile
@@ -86,10 +87,22 @@ def check_stamp(file: Path, now: Path | int, before: tuple[int, ...]) -> None:
         raise CheckpointError("the file was replaced or cut off while being read", file=file, hint="load it again")
 
 
+def _buffer(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialized tensor; a large one in a mapping of its own, which goes back to the system with it.
+
+    From the heap, buffers that come and go between tensors that stay leave holes too small for the next.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < 1 << 20 or not hasattr(mmap, "MAP_PRIVATE"):  # Windows' mappings are shared
+        return torch.empty(shape, dtype=dtype)
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapping, dtype=torch.uint8).view(dtype).view(shape)
+
+
 def _read_exactly(
     file: Path, opened: tuple[int, ...], offset: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> Tensor:
-    out = torch.empty(shape, dtype=dtype)
+    out = _buffer(dtype, shape)
     if out.nbytes == 0:
         return out
     view, done = writable_view(out), 0
