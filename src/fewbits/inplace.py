@@ -53,18 +53,21 @@ def quantize(
             if not isinstance(p, QuantTensor):
                 check_values(p, plan[owners[0].path], owners[0].path)
         heap = Heap()
-        for owners in bar(len(groups), progress, "quantizing", groups, "parameter"):
-            p = owners[0].module._parameters[owners[0].name]
-            assert p is not None
-            placement = plan[owners[0].path]
-            size = p.nbytes
-            value: Tensor = p.data if device is None else p.data.to(device)
-            dtype = (placement.dtype if value.is_floating_point() else None) or value.dtype
-            if placement.spec is not None and not isinstance(value, QuantTensor):
-                value = quantize_parameter(owners[0].module, owners[0].name, value, placement.spec, owners[0].path)
-            put(owners, value.to(dtype), p.requires_grad)
-            del p, value
-            heap.passed(size)
+        total = sum(p.nbytes for p in model.parameters())
+        with bar(total, progress, "quantizing") as shown:
+            for owners in groups:
+                p = owners[0].module._parameters[owners[0].name]
+                assert p is not None
+                placement = plan[owners[0].path]
+                size = p.nbytes
+                value: Tensor = p.data if device is None else p.data.to(device)
+                dtype = (placement.dtype if value.is_floating_point() else None) or value.dtype
+                if placement.spec is not None and not isinstance(value, QuantTensor):
+                    value = quantize_parameter(owners[0].module, owners[0].name, value, placement.spec, owners[0].path)
+                put(owners, value.to(dtype), p.requires_grad)
+                del p, value
+                heap.passed(size)
+                shown.update(size)
         heap.trim()
         if device is not None:
             move_buffers(model, device)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fewbits.errors import ConfigError, FewbitsError
 from fewbits.modules import install
@@ -64,12 +63,26 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = moved[buffer]
 
 
-def bar(
-    total: int | None, progress: bool | None, what: str, items: Iterable[Any] | None = None, unit: str = "B"
-) -> Any:
-    """A progress bar on stderr; by default only where that is a terminal."""
-    shown = sys.stderr.isatty() if progress is None else progress
-    return tqdm(items, total=total, unit=unit, unit_scale=True, desc=what, disable=not shown)
+class _Silent:
+    """A progress bar that is not shown. tqdm's own would still start a thread and take a lock that a fork may hold."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, n: float) -> None:
+        """Nothing."""
+
+
+def bar(total: int, progress: bool | None, what: str) -> Any:
+    """A context manager: a progress bar of bytes on stderr, by default only where that is a terminal."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        return _Silent()
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what)
 
 
 class Heap:
