@@ -167,16 +167,22 @@ def test_generation_settings_and_mode(tmp_path):
     )
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("format", ["int8", "nf4"])
-def test_dtypes_of_the_rest(format, dtype, tmp_path):
+def test_dtypes_of_the_rest(format, dtype, compute_dtype, tmp_path, device):
     _model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
-    model = fewbits.from_pretrained(tmp_path, format, dtype=dtype, device_map="cpu")
+    settings = {"dtype": dtype, "compute_dtype": compute_dtype, "device_map": device}
+    model = fewbits.from_pretrained(tmp_path, format, **settings)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    assert model(torch.tensor([[1, 2, 3]])).logits.dtype == dtype
+    assert model(torch.tensor([[1, 2, 3]], device=device)).logits.dtype == dtype
     fewbits.save(model, tmp_path / "saved")
-    again = fewbits.from_pretrained(tmp_path / "saved")
+    again = fewbits.from_pretrained(tmp_path / "saved", device_map=device)
     assert {p.dtype for p in again.parameters()} == {dtype}
+    assert {p.spec for p in again.parameters() if isinstance(p, QuantTensor)} == {
+        p.spec for p in model.parameters() if isinstance(p, QuantTensor)
+    }
+    assert torch.equal(_logits(again, device), _logits(model, device))
 
 
 @pytest.mark.slow

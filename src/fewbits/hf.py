@@ -16,6 +16,8 @@ from fewbits.modules import is_linear
 from fewbits.statedict import dtype_name
 from fewbits.tensor import QuantTensor
 
+_OWN_COMPUTE_DTYPE = "fewbits_compute_dtype"  # beside bitsandbytes' key, which has no way to say "the input's"
+
 
 def _transformers() -> Any:
     try:
@@ -113,7 +115,7 @@ def recorded_settings(config: Any) -> dict[str, Any] | None:
     return {
         "format": recorded.get("bnb_4bit_quant_type", "fp4"),
         "double_quant": bool(recorded.get("bnb_4bit_use_double_quant", False)),
-        "compute_dtype": recorded.get("bnb_4bit_compute_dtype"),
+        "compute_dtype": recorded.get(_OWN_COMPUTE_DTYPE, recorded.get("bnb_4bit_compute_dtype")),
     }
 
 
@@ -140,7 +142,9 @@ def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
         return None
     spec = max(specs, key=lambda s: specs[s])
     four = FORMATS[spec.format].blocked
-    compute = spec.compute_dtype or torch.float32
+    # bitsandbytes needs a compute dtype; where a layer computes in its input's, that of the model's other tensors is it
+    plain = (p.dtype for p in model.parameters() if not isinstance(p, QuantTensor) and p.is_floating_point())
+    compute = spec.compute_dtype or next(plain, torch.float32)
     return {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": four,
@@ -151,6 +155,7 @@ def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
         "bnb_4bit_use_double_quant": spec.double_quant,
         "bnb_4bit_compute_dtype": dtype_name(compute),
         "bnb_4bit_quant_storage": "uint8",
+        _OWN_COMPUTE_DTYPE: spec.compute_dtype and dtype_name(spec.compute_dtype),
         "llm_int8_threshold": spec.threshold,
         "llm_int8_skip_modules": skipped or None,
         "llm_int8_enable_fp32_cpu_offload": False,
