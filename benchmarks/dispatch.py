@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import facts
 from torch import nn
 
 K = 32  # features of a layer: small enough for the call, not the product, to be what is timed
@@ -164,8 +164,7 @@ def main() -> None:
         print(f"{mode:10}" + "".join(f"{row[k]:12.2f} ({row[k] - row['plain']:+7.2f})" for k in kinds))
     target = Path(__file__).parent / "results" / f"dispatch-{args.device}.json"
     target.parent.mkdir(exist_ok=True)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    result = {"torch": torch.__version__, "device": machine, "layers": args.layers, "microseconds_per_layer": rows}
+    result = {**facts(args.device), "layers": args.layers, "microseconds_per_layer": rows}
     target.write_text(json.dumps(result, indent=1) + "\n")
 
 

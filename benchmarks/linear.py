@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
 import time
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import facts
 from torch import Tensor
 
 from fewbits.formats import QuantSpec, quantized_bytes
@@ -126,9 +126,7 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
+        **facts(args.device),
         "shape": [n, k],
         "bytes_per_second": speed,
         "rows": rows,

@@ -8,7 +8,6 @@ threshold is for. Writes ``benchmarks/results/quality-<device>.json``.
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from machine import facts
 
 import fewbits
 
@@ -84,9 +84,8 @@ def main() -> None:
                 row = f"outlier features (draw {seed}), {name}"
                 report(row, ours(folder, format_, settings), peer(folder, format_, settings))
     result = {
-        "torch": torch.__version__,
+        **facts(device),
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "rows": rows,
     }
     target = Path(__file__).parent / "results" / f"quality-{device}.json"
