@@ -55,7 +55,7 @@ def save(
             raise SaveError("the tensor has no values", parameter=name, hint="load the model before saving it")
     state, aliases = _without_aliases(model.state_dict())
     stem, suffix = ("model", ".safetensors") if safe_serialization else ("pytorch_model", ".bin")
-    shards = plan_shards(state, aliases if not safe_serialization else {}, limit)
+    shards = plan_shards(state, limit)
     total = sum(t.nbytes for t in state.values())
     with (
         replacing(folder) as (staging, tag),
@@ -118,7 +118,7 @@ def _without_aliases(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     return kept, aliases
 
 
-def plan_shards(state: Mapping[str, Tensor], aliases: Mapping[str, str], limit: int) -> list[list[str]]:
+def plan_shards(state: Mapping[str, Tensor], limit: int) -> list[list[str]]:
     """Keys of each shard: in order, a new one whenever the next tensor would go over ``limit`` bytes."""
     shards: list[list[str]] = [[]]
     size = 0
