@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -752,3 +753,13 @@ def test_opening_reads_no_data(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(8 + len(header) + size)
     assert open_checkpoint(path).tensors["big"].nbytes == size
+
+
+def test_a_layer_that_fits_many_prefixes_is_none_of_them(tmp_path):
+    st.save_file(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict(), tmp_path / "w.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="missing from the checkpoint") as error:
+            fewbits.load(nn.Linear(4, 4), tmp_path)
+    assert "0.weight" in str(error.value)
+    assert "1.weight" in str(error.value)

@@ -93,7 +93,7 @@ def common_prefix(wanted: Iterable[str], names: Iterable[str]) -> tuple[str, str
 
     Returns:
         ``("strip", prefix)`` or ``("add", prefix)``, whichever makes most of the wanted names match; ``None`` where no
-        prefix makes more of them match than they do as they are.
+        prefix makes more of them match than they do as they are, or several do equally.
     """
     want, have = set(wanted), set(names)
     prefixes = {
@@ -108,8 +108,11 @@ def common_prefix(wanted: Iterable[str], names: Iterable[str]) -> tuple[str, str
         renamed = {n.removeprefix(prefix) for n in have} if how == "strip" else {prefix + n for n in have}
         return len(want & renamed) if len(renamed) == len(have) else -1  # two names would become one
 
-    best = max(prefixes, key=lambda p: (matched(*p), -len(p[1]), p), default=None)
-    return best if best is not None and matched(*best) > len(want & have) else None
+    counts = {prefix: matched(*prefix) for prefix in prefixes}
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    # of several that fit as well, as each layer of a model fits a lone layer, none is meant
+    return best[0] if len(best) == 1 and most > len(want & have) else None
 
 
 def match(
