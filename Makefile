@@ -21,6 +21,7 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/gpt2_xl.py
 	$(BIN)/python benchmarks/tables.py

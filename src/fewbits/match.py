@@ -96,6 +96,8 @@ def common_prefix(wanted: Iterable[str], names: Iterable[str]) -> tuple[str, str
         prefix makes more of them match than they do as they are, or several do equally.
     """
     want, have = set(wanted), set(names)
+    if want <= have:
+        return None
     prefixes = {
         (how, ".".join(n.split(".")[:depth]) + ".")
         for how, side in (("strip", have), ("add", want))
