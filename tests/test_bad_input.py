@@ -675,7 +675,6 @@ def test_a_part_of_a_name_is_no_pattern(tmp_path, refused):
     refused(tmp_path, "'fir'", error=ConfigError, config="nf4", skip_modules=["fir"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device_map", ["cuda", "cuda:0", 0, {"": "cuda"}, {"": 0}, torch.device("cuda")])
 def test_cuda_where_there_is_none(device_map, tmp_path, refused):
     write(tmp_path, good_state())
