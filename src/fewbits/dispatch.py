@@ -144,18 +144,6 @@ def _view(self: QuantTensor, size: Sequence[int], **_: Any) -> Any:
     return _alias(self) if list(size) == list(self.shape) else NotImplemented
 
 
-@_rule(
-    aten.empty_like.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.full_like.default,
-    aten.rand_like.default,
-    aten.randn_like.default,
-)
-def _like(self: QuantTensor, *args: Any, **kwargs: Any) -> Any:
-    return NotImplemented  # replaced below: needs the overload that was called
-
-
 def _factory(func: Any) -> Callable[..., Any]:
     def make(self: QuantTensor, *args: Any, **kwargs: Any) -> Any:
         stand_in = torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
@@ -164,12 +152,18 @@ def _factory(func: Any) -> Callable[..., Any]:
     return make
 
 
-for _func in [f for f, r in RULES.items() if r is _like] + [
+for _func in (
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
     aten.new_empty.default,
     aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_full.default,
-]:
+):
     RULES[_func] = _factory(_func)
 
 
