@@ -386,16 +386,32 @@ def test_devices_that_are_not_there(checkpoints: dict[str, Path], device_map: An
     assert on_meta(empty_model)
 
 
-def test_a_map_over_several_devices_is_refused(checkpoints: dict[str, Path]) -> None:
-    with init_empty_weights():
-        empty_model = build("gpt")
-    with pytest.raises(UnsupportedError, match="disk"):
-        load_and_quantize_model(
-            empty_model,
-            BnbQuantizationConfig(load_in_8bit=True),
-            checkpoints["gpt"],
-            device_map={"transformer": "cpu", "lm_head": "disk"},
-        )
+@pytest.mark.parametrize("weights", [True, False], ids=["from a file", "in memory"])
+def test_a_map_over_several_devices(checkpoints: dict[str, Path], unchanged: Any, weights: bool) -> None:
+    config = BnbQuantizationConfig(load_in_8bit=True)
+    device_map = {"transformer": "cpu", "transformer.h.1": "disk", "lm_head": "disk"}
+
+    def model() -> nn.Module:
+        full = build("gpt")
+        full.load_state_dict(torch.load(checkpoints["gpt"]))
+        if not weights:
+            return full
+        with init_empty_weights():
+            return build("gpt")
+
+    location = checkpoints["gpt"] if weights else None
+    whole = load_and_quantize_model(model(), config, location, device_map="cpu")
+    given, given_map = model(), dict(device_map)
+    spread = load_and_quantize_model(given, config, location, device_map=device_map)
+    assert torch.equal(outputs(spread), outputs(whole))
+    assert same_tensors(spread.state_dict(), whole.state_dict())
+    assert device_map == given_map
+    assert (spread is given, on_meta(given)) == (not weights, weights)
+    # a map over GPUs that are not there is an error, and changes nothing
+    for missing in ({"": "cpu", "lm_head": 7}, {"transformer": 7, "lm_head": "disk"}, "cuda:7"):
+        given = model()
+        with unchanged(given), pytest.raises(ConfigError, match="CUDA"):
+            load_and_quantize_model(given, config, location, device_map=missing)
 
 
 @pytest.mark.parametrize("weights", [True, False], ids=["from a file", "in memory"])

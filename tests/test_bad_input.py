@@ -29,6 +29,7 @@ from fewbits.errors import (
     SaveError,
     UnsupportedError,
 )
+from models import same_tensors
 
 
 class Net(nn.Module):
@@ -684,31 +685,74 @@ def test_cuda_where_there_is_none(device_map, tmp_path, refused):
 def test_a_gpu_that_is_not_there(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    write(tmp_path, good_state())
-    refused(tmp_path, "there is no cuda:99", error=ConfigError, config="nf4", device_map=99)
+    state = good_state()
+    state["emb.weight"][0, 0] = torch.nan  # an error of its own, if it were read first
+    write(tmp_path, state)
+    for device_map in (99, "cuda:99", {"": "cpu", "head": 99}, {"": "disk", "first.weight": "cuda:99"}):
+        refused(tmp_path, "there is no cuda:99", "below 1", error=ConfigError, config="nf4", device_map=device_map)
+    plan = fewbits.plan(Net(), "nf4", max_memory={98: "20KB", "cuda:99": "1MB"}, device_map="balanced")
+    refused(tmp_path, "there is no cuda:98", error=ConfigError, config="nf4", device_map=plan)
+    refused(tmp_path, "there is no cuda:99", error=ConfigError, config="nf4", max_memory={99: "1MB"})
 
 
-def test_max_memory_that_is_too_small(tmp_path, refused):
+def test_max_memory_that_is_too_small(tmp_path, refused, unchanged):
     write(tmp_path, good_state())
     # two quantized 64 × 64 weights: half a byte an element, and a float for each 64; the rest in fp32; one int64
     quantized = 2 * (64 * 64 // 2 + 64 * 64 // 64 * 4)
     plain = 4 * (11 * 64 + 64 + 64 + 11 * 64 + 11) + 8
-    takes = f"{quantized + plain:,} bytes"
-    for kwargs in ({"device_map": "auto"}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {}):
+    takes = quantized + plain
+    small = 4 * (64 + 64 + 11) + 8  # the tensors of less than 1 kB
+    for device_map in ("auto", "balanced", "balanced_low_0", "sequential", None):
         refused(
-            tmp_path, takes, "at most", "1,000", error=ConfigError, config="nf4", max_memory={"cpu": "1KB"}, **kwargs
-        )
-    fewbits.load(Net(), tmp_path, "nf4", max_memory={"cpu": quantized + plain}, device_map="cpu")
+            tmp_path, f"{takes:,} bytes", f"{takes - 1000:,} are missing", "cpu 1,000, disk 0",
+            f'"disk" to {takes - small:,} or "cpu" to {takes:,} would do', error=ConfigError, config="nf4",
+            max_memory={"cpu": "1KB", "disk": 0}, device_map=device_map,
+        )  # fmt: skip
+    for device_map in ("cpu", {"": "cpu"}, {"": "disk", "emb": "cpu", "head": "cpu"}):
+        says = f"puts {takes:,} bytes on cpu, {takes - 1000:,} more" if "emb" not in device_map else "bytes on cpu"
+        refused(
+            tmp_path, says, "at most 1,000", error=ConfigError, config="nf4", max_memory={"cpu": "1KB"},
+            device_map=device_map,
+        )  # fmt: skip
+    model = Net()
+    with unchanged(model, tmp_path):
+        want = fewbits.load(model, tmp_path, "nf4", max_memory={"cpu": takes}, device_map="cpu")
+        for max_memory in ({"cpu": takes, "disk": 0}, {"cpu": "1KB"}, {"cpu": 0, "disk": takes}):  # or it goes to disk
+            loaded = fewbits.load(model, tmp_path, "nf4", max_memory=max_memory)
+            assert same_tensors(loaded.state_dict(), want.state_dict())
 
 
-def test_a_map_over_several_devices(tmp_path, refused):
-    write(tmp_path, good_state())
-    refused(
-        tmp_path, "cpu, meta", "one device", error=UnsupportedError, config="nf4",
-        device_map={"emb": "cpu", "first": "meta"},
-    )  # fmt: skip
-    refused(tmp_path, "disk", error=UnsupportedError, config="nf4", device_map={"emb": "cpu", "first": "disk"})
-    fewbits.load(Net(), tmp_path, "nf4", device_map={"emb": "cpu", "first": "cpu"})
+def test_a_map_over_several_devices(tmp_path, refused, unchanged):
+    state = good_state()
+    write(tmp_path, state | {"emb.weight": torch.full((11, 64), torch.nan)})  # nothing is read before the error
+    for device_map, says in [
+        ({"emb": "cpu", "first": "meta"}, "meta device"),
+        (
+            {"emb": "cpu", "first": "disk"},
+            "leaves out 4 parameters: second.weight, second.bias, head.weight, head.bias",
+        ),
+        ({"": "cpu", "frist": "disk"}, "nothing in the model is named 'frist'"),
+        ({"": "cpu", "first": "drive"}, "'drive' is not a device"),
+        ({"": "cpu", "first": 0}, "sees no CUDA GPU"),
+        ({"": "cpu", "first": "disk", "head.bias": "cuda:1"}, "sees no CUDA GPU"),
+    ]:
+        given_map = dict(device_map)
+        refused(tmp_path, "device_map", says, error=ConfigError, config="nf4", device_map=device_map)
+        assert device_map == given_map
+    write(tmp_path, state)
+    model = Net()
+    with unchanged(model, tmp_path):
+        want = fewbits.load(model, tmp_path, "nf4", device_map="cpu").state_dict()
+        for device_map in (
+            {"": "cpu"},
+            {"": "disk"},
+            {"": "cpu", "first": "disk"},
+            {"emb": "disk", "*": "cpu", "head.bias": "disk"},
+        ):
+            given_map = dict(device_map)
+            loaded = fewbits.load(model, tmp_path, "nf4", device_map=device_map)
+            assert same_tensors(loaded.state_dict(), want)
+            assert device_map == given_map
 
 
 @pytest.mark.parametrize("model", ["gpt2", 3, None, lambda: 3, lambda: None, nn.Module])

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [
     "FewbitsError",
     "FewbitsWarning",
+    "Plan",
     "QuantTensor",
     "QuantizationConfig",
     "from_pretrained",
     "init_empty_weights",
     "load",
+    "plan",
     "quantize",
     "save",
     "summary",
@@ -48,10 +50,11 @@ def test_importing_costs_little_and_touches_no_gpu():
 def test_layers_import_only_what_stands_below_them():
     """A module's place in this list is its layer; it imports nothing that stands after it."""
     layers = [
-        "errors", "kernels.codebooks", "kernels.reference", "kernels", "formats", "tensor", "dispatch", "statedict",
-        "modules", "config", "structure", "plan", "meta", "files", "hub", "checkpoint", "match", "hf",
-        "place", "load", "inplace", "pretrained", "atomic", "save", "summary", "accelerate.accelerator",
-        "accelerate.utils", "accelerate",
+        "errors", "partition", "memory", "kernels.codebooks", "kernels.reference", "kernels.triton_backend", "kernels",
+        "formats", "tensor", "dispatch", "statedict", "modules", "config", "structure", "storage", "plan", "meta",
+        "files", "reader", "hub", "checkpoint", "match", "hf", "homes", "offload", "place", "spread", "load", "inplace",
+        "pretrained", "preview", "atomic", "save", "summary", "accelerate.accelerator", "accelerate.utils",
+        "accelerate",
     ]  # fmt: skip
     source = ROOT / "src" / "fewbits"
     found = {

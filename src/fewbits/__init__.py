@@ -10,7 +10,9 @@ from fewbits.errors import FewbitsError, FewbitsWarning
 from fewbits.inplace import quantize
 from fewbits.load import load
 from fewbits.meta import init_empty_weights
+from fewbits.plan import Plan
 from fewbits.pretrained import from_pretrained
+from fewbits.preview import plan
 from fewbits.save import save
 from fewbits.summary import summary
 from fewbits.tensor import QuantTensor
@@ -20,11 +22,13 @@ __version__ = "0.1.0"
 __all__ = [
     "FewbitsError",
     "FewbitsWarning",
+    "Plan",
     "QuantTensor",
     "QuantizationConfig",
     "from_pretrained",
     "init_empty_weights",
     "load",
+    "plan",
     "quantize",
     "save",
     "summary",

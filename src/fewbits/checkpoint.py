@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import re
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, CheckpointNotFoundError
 from fewbits.files import PICKLES, StoredTensor, check_stamp, open_file, read_index, stamp
+from fewbits.reader import read_ahead
 
-READ_AHEAD = 256 << 20  # bytes read but not yet taken
+_TINY = 64 << 10  # bytes
 
 
 class Checkpoint:
@@ -30,55 +30,21 @@ class Checkpoint:
     def __init__(self, path: Path, tensors: dict[str, StoredTensor]) -> None:
         self.path, self.tensors = path, tensors
 
-    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Read the named tensors in the order they lie on disk, up to ``READ_AHEAD`` bytes ahead of the caller.
+    def stream(
+        self, names: Iterable[str], device: Callable[[str], torch.device] = lambda name: torch.device("cpu")
+    ) -> Generator[tuple[str, Tensor], None, None]:
+        """Read the named tensors, each onto its device: tiny ones first, then in the order they lie on disk.
+
+        What describes a quantized weight is tiny, so that the weight can be used as soon as it is read.
 
         Raises:
             CheckpointError: a file cannot be read any more.
         """
-        wanted = sorted((self.tensors[name] for name in names), key=lambda t: (str(t.file), t.offset))
-        yield from _ahead(wanted)
-
-
-def _ahead(wanted: list[StoredTensor]) -> Iterator[tuple[str, Tensor]]:
-    """Read in a thread; the bytes waiting are bounded, so the reader never runs far ahead."""
-    done: queue.SimpleQueue[tuple[str, Tensor | BaseException] | None] = queue.SimpleQueue()
-    room = threading.Condition()
-    waiting, stopped = 0, False
-
-    def read() -> None:
-        nonlocal waiting
-        try:
-            for stored in wanted:
-                with room:
-                    while not stopped and waiting and waiting + stored.nbytes > READ_AHEAD:
-                        room.wait()
-                    if stopped:
-                        return
-                    waiting += stored.nbytes
-                done.put((stored.name, stored.read()))
-            done.put(None)
-        except BaseException as error:  # handed to the caller, which raises it
-            done.put(("", error))
-
-    thread = threading.Thread(target=read, name="fewbits-read-ahead", daemon=True)
-    thread.start()
-    sizes = {stored.name: stored.nbytes for stored in wanted}
-    try:
-        while (item := done.get()) is not None:
-            name, tensor = item
-            if isinstance(tensor, BaseException):
-                raise tensor
-            with room:
-                waiting -= sizes[name]
-                room.notify()
-            yield name, tensor
-            del item, tensor  # nothing is held here while the caller works on the next
-    finally:
-        with room:
-            stopped = True
-            room.notify()
-        thread.join()
+        found = sorted((self.tensors[n] for n in names), key=lambda t: (t.nbytes >= _TINY, str(t.file), t.offset))
+        with contextlib.closing(read_ahead([(stored, device(stored.name)) for stored in found])) as tensors:
+            for stored, tensor in tensors:
+                yield stored.name, tensor
+                del tensor
 
 
 # ------------------------------------------------------------------------------------------------- locating

@@ -1,4 +1,4 @@
-"""The command line: ``quantize``, ``inspect`` and ``generate``. Everything it does, the library does."""
+"""The command line: ``plan``, ``quantize``, ``inspect`` and ``generate``. Everything it does, the library does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fewbits
+from fewbits.errors import ConfigError
 
 app = typer.Typer(help="Load, quantize and save PyTorch models in 8 or 4 bits.", no_args_is_help=True)
 console = Console()
@@ -68,6 +69,38 @@ def quantize(
         console.print(
             f"{target}: {total.parameters:,} parameters in {total.nbytes:,} bytes, {total.bits:.2f} bits each"
         )
+
+
+@app.command()
+def plan(
+    source: Annotated[str, typer.Argument(help="A folder or file that holds the config.json.")],
+    format: Annotated[FormatName | None, typer.Option(help="What to quantize to; what it is by default.")] = None,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the scales as well (4-bit).")] = False,
+    device_map: Annotated[
+        str, typer.Option(help='"auto", "balanced", "balanced_low_0", "sequential", "cpu", …')
+    ] = "auto",
+    max_memory: Annotated[
+        list[str] | None, typer.Option(help='A budget, such as "0=24GiB", "cpu=64GiB", "disk=1TB"; may be repeated.')
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+) -> None:
+    """Show whether a transformers model will fit, where its parts will lie, and how many bytes they take."""
+    with _said_plainly():
+        budgets: dict[int | str, int | str] | None = dict(_budget(text) for text in max_memory) if max_memory else None
+        settings: dict[str, Any] = {"double_quant": True} if double_quant else {}
+        found = fewbits.plan(
+            source, format.value if format else None, device_map=device_map, max_memory=budgets, **settings
+        )
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+        if save is not None:
+            found.save(save)
+
+
+def _budget(text: str) -> tuple[str, str]:
+    device, equals, size = text.partition("=")
+    if not equals:
+        raise ConfigError(f"max_memory is {text!r}", expected='a device and bytes, such as "0=24GiB"')
+    return device, size
 
 
 @app.command()

@@ -8,10 +8,9 @@ opened with ``weights_only=True`` and mapped.
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import json
 import math
-import mmap
 import os
 import warnings
 import zipfile
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, CheckpointNotFoundError, FewbitsError
+from fewbits.memory import host_buffer, writable_view
 
 # safetensors' names of dtypes (its README, "Format"), in the order in which its own writer sorts them
 SAFETENSORS_DTYPES = {
@@ -47,8 +47,9 @@ class StoredTensor:
         dtype, shape: of the tensor.
         nbytes: of its data.
         offset: where in the file its data begins, which is the order to read in.
-        read: reads it into CPU memory of its own.
+        stamp: of the file whose bytes from ``offset`` on are the tensor's, or ``None`` if it has to ``read`` itself.
         identity: equal for two names of the same data.
+        read: reads it into CPU memory of its own.
     """
 
     name: str
@@ -57,14 +58,9 @@ class StoredTensor:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
-    read: Callable[[], Tensor]
+    stamp: tuple[int, ...] | None
     identity: tuple[Any, ...]
-
-
-def writable_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor as a memoryview (without NumPy, which torch can do without)."""
-    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    return memoryview(buffer).cast("B")
+    read: Callable[[], Tensor]
 
 
 def stamp(file: Path | int) -> tuple[int, ...]:
@@ -87,36 +83,40 @@ def check_stamp(file: Path, now: Path | int, before: tuple[int, ...]) -> None:
         raise CheckpointError("the file was replaced or cut off while being read", file=file, hint="load it again")
 
 
-def _buffer(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """An uninitialized tensor; a large one in a mapping of its own, which goes back to the system with it.
+def read_into(stored: StoredTensor, view: memoryview, start: int = 0) -> None:
+    """Fill ``view`` with the file's bytes from ``start`` after where the tensor's begin.
 
-    From the heap, buffers that come and go between tensors that stay leave holes too small for the next.
+    Raises:
+        CheckpointError: the file cannot be read, was replaced, or ends early.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < 1 << 20 or not hasattr(mmap, "MAP_PRIVATE"):  # Windows' mappings are shared
-        return torch.empty(shape, dtype=dtype)
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(mapping, dtype=torch.uint8).view(dtype).view(shape)
-
-
-def _read_exactly(
-    file: Path, opened: tuple[int, ...], offset: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Tensor:
-    out = _buffer(dtype, shape)
-    if out.nbytes == 0:
-        return out
-    view, done = writable_view(out), 0
+    done = 0
     try:
-        with open(file, "rb", buffering=0) as handle:
-            check_stamp(file, handle.fileno(), opened)
-            handle.seek(offset)
-            while done < len(view) and (count := handle.readinto(view[done : done + (64 << 20)])):
+        with open(stored.file, "rb", buffering=0) as handle:
+            if stored.stamp is not None:
+                check_stamp(stored.file, handle.fileno(), stored.stamp)
+            handle.seek(stored.offset + start)
+            while done < len(view) and (count := handle.readinto(view[done:])):
                 done += count
+            if stored.stamp is not None and done == len(view):  # nor was it written over meanwhile
+                check_stamp(stored.file, handle.fileno(), stored.stamp)
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=file) from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=stored.file) from error
     if done < len(view):
-        raise CheckpointError("the file ended before its tensor did: it was cut off while being read", file=file)
-    return out
+        raise CheckpointError("the file ended before its tensor did: it was cut off while being read", file=stored.file)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """A tensor whose bytes lie in its file as they are, in CPU memory of its own."""
+    out = host_buffer(stored.nbytes)
+    if out.nbytes:
+        read_into(stored, writable_view(out))
+    return out.view(stored.dtype).view(stored.shape)
+
+
+def _read_named(tensors: dict[str, StoredTensor], name: str) -> Tensor:
+    return read_tensor(tensors[name])
 
 
 def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -146,7 +146,8 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
             raise TypeError("metadata")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise bad("the header is not the JSON of a safetensors file") from error
-    data, found, spans = 8 + length, {}, []
+    data, spans = 8 + length, []
+    found: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         try:
             dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -167,8 +168,10 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
                 expected=f"{nbytes} bytes within the file (it is cut off, or the header lies)",
             )
         spans.append((begin, end, name))
-        read = _reader(file, opened, data + begin, dtype, shape)
-        found[name] = StoredTensor(name, file, dtype, shape, nbytes, data + begin, read, (str(file), name))
+        found[name] = StoredTensor(
+            name, file, dtype, shape, nbytes, data + begin, opened, (str(file), name),
+            functools.partial(_read_named, found, name),
+        )  # fmt: skip
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
@@ -177,12 +180,6 @@ def open_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     if data + position != size:
         raise bad(f"{size - data - position} bytes follow the last tensor", expected="none")
     return found, {str(k): str(v) for k, v in metadata.items()}
-
-
-def _reader(
-    file: Path, opened: tuple[int, ...], offset: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Callable[[], Tensor]:
-    return lambda: _read_exactly(file, opened, offset, dtype, shape)
 
 
 def open_pickle(file: Path) -> dict[str, StoredTensor]:
@@ -229,9 +226,10 @@ def open_pickle(file: Path) -> dict[str, StoredTensor]:
             tuple(tensor.shape),
             tensor.nbytes,
             tensor.data_ptr(),
+            None,
+            (str(file), *where) if tensor.numel() else (str(file), str(name)),
             # a copy: mapped pages would vanish with the file
             lambda tensor=tensor: tensor.detach().clone(memory_format=torch.contiguous_format),  # type: ignore[misc]
-            (str(file), *where) if tensor.numel() else (str(file), str(name)),
         )
     return found
 

@@ -48,6 +48,20 @@ def read_config(folder: Path) -> Any:
         raise ConfigError(f"transformers cannot read the config: {error}", file=folder / "config.json") from error
 
 
+def transformers_config(settings: dict[str, Any]) -> Any:
+    """The configuration that a ``config.json`` of these contents is.
+
+    Raises:
+        ConfigError: transformers knows no such model.
+    """
+    transformers = _transformers()
+    kind = settings.pop("model_type", None)
+    try:
+        return transformers.AutoConfig.for_model(kind, **settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"transformers cannot read the config: {error}", expected='a "model_type" it has') from error
+
+
 def build_empty(config: Any, folder: Path) -> nn.Module:
     """The model that a configuration names, on the meta device, its generation settings read if there are any.
 

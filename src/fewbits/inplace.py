@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from os import PathLike
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from fewbits.config import QuantizationConfig, as_config
 from fewbits.errors import ConfigError
 from fewbits.hf import record_config
 from fewbits.modules import quantize_parameter
-from fewbits.place import Heap, bar, check_values, move_buffers, put
-from fewbits.plan import DeviceMap, make_plan, owners_of, planned_bytes, resolve_device
+from fewbits.place import Heap, bar, check_values, put
+from fewbits.plan import DeviceMap, MaxMemory, check_devices, make_plan
+from fewbits.spread import Spread
+from fewbits.storage import choose_storage, owners_of
 from fewbits.tensor import QuantTensor
 
 
@@ -21,6 +25,10 @@ def quantize(
     config: QuantizationConfig | str,
     *,
     device_map: DeviceMap = None,
+    max_memory: MaxMemory | None = None,
+    offload: str = "auto",
+    offload_folder: str | PathLike[str] | None = None,
+    no_split_module_classes: Iterable[str] | None = None,
     progress: bool | None = None,
     **settings: Any,
 ) -> nn.Module:
@@ -29,7 +37,8 @@ def quantize(
     Args:
         model: changed in place; parameters that are quantized already stay as they are.
         config, settings, progress: as for :func:`load`.
-        device_map: one device to put the whole model on; by default each parameter stays where it is.
+        device_map, max_memory, offload, offload_folder, no_split_module_classes: where to put it, as for
+            :func:`load`; by default each parameter stays where it is.
 
     Returns:
         The same model.
@@ -41,8 +50,17 @@ def quantize(
     config = as_config(config, **settings)
     if config.format is None and not config.overrides:
         raise ConfigError("no format is given", expected='a format, such as "nf4" or "int8"')
-    plan = make_plan(model, config)
-    device = None if device_map is None else resolve_device(device_map, planned_bytes(model, plan))
+    storage = choose_storage(model, config)
+    spread = None
+    if device_map is not None:
+        plan = make_plan(
+            model, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,
+            no_split_module_classes=no_split_module_classes,
+        )  # fmt: skip
+        check_devices(plan.devices.values())
+        spread = Spread(
+            model, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
+        )
     groups = owners_of(model)
     with torch.no_grad():
         for owners in groups:  # look at everything before anything is changed
@@ -51,25 +69,27 @@ def quantize(
             if p.is_meta:
                 raise ConfigError("the parameter has no values", parameter=owners[0].path, hint="use fewbits.load")
             if not isinstance(p, QuantTensor):
-                check_values(p, plan[owners[0].path], owners[0].path)
+                check_values(p, storage[owners[0].path], owners[0].path)
         heap = Heap()
         total = sum(p.nbytes for p in model.parameters())
         with bar(total, progress, "quantizing") as shown:
             for owners in groups:
                 p = owners[0].module._parameters[owners[0].name]
                 assert p is not None
-                placement = plan[owners[0].path]
+                path, kept = owners[0].path, storage[owners[0].path]
                 size = p.nbytes
-                value: Tensor = p.data if device is None else p.data.to(device)
-                dtype = (placement.dtype if value.is_floating_point() else None) or value.dtype
-                if placement.spec is not None and not isinstance(value, QuantTensor):
-                    value = quantize_parameter(owners[0].module, owners[0].name, value, placement.spec, owners[0].path)
-                put(owners, value.to(dtype), p.requires_grad)
+                value: Tensor = p.data if spread is None else p.data.to(spread.works_on(path, ready=kept.spec is None))
+                dtype = (kept.dtype if value.is_floating_point() else None) or value.dtype
+                if kept.spec is not None and not isinstance(value, QuantTensor):
+                    value = quantize_parameter(
+                        owners[0].module, owners[0].name, value, kept.spec, path, known_finite=True
+                    )
+                (put if spread is None else spread.put)(owners, value.to(dtype), p.requires_grad)
                 del p, value
                 heap.passed(size)
                 shown.update(size)
         heap.trim()
-        if device is not None:
-            move_buffers(model, device)
+        if spread is not None:
+            spread.finish()
     record_config(model)
     return model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -15,14 +17,16 @@ from fewbits.checkpoint import Checkpoint, open_checkpoint
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
 from fewbits.hf import record_config, renaming
-from fewbits.match import Target, ignored_by, match
+from fewbits.match import Source, Target, ignored_by, match
 from fewbits.meta import empty_copy
 from fewbits.modules import quantize_parameter, stores_transposed
-from fewbits.place import Heap, bar, check_values, move_buffers, put
-from fewbits.plan import DeviceMap, MaxMemory, Placement, make_plan, planned_bytes, resolve_device
+from fewbits.place import Heap, bar, check_values
+from fewbits.plan import DeviceMap, MaxMemory, check_devices, make_plan
+from fewbits.spread import CPU, Spread
 from fewbits.statedict import decode
+from fewbits.storage import Storage, choose_storage
 from fewbits.structure import matches
-from fewbits.tensor import check_finite
+from fewbits.tensor import not_finite, scales_finite
 
 
 def load(
@@ -32,6 +36,9 @@ def load(
     *,
     device_map: DeviceMap = "auto",
     max_memory: MaxMemory | None = None,
+    offload: str = "auto",
+    offload_folder: str | PathLike[str] | None = None,
+    no_split_module_classes: Iterable[str] | None = None,
     strict: bool = True,
     progress: bool | None = None,
     revision: str | None = None,
@@ -47,8 +54,20 @@ def load(
         config: a format's name (``"nf4"``, ``"fp4"``, ``"int8"``), a :class:`QuantizationConfig`, or ``None`` to load
             the checkpoint as it is. One that is already quantized is taken as it is in any case, with a warning if
             that is not the format asked for.
-        device_map: one device: a name, an index, ``{"": device}``, or "auto" for the first GPU with room, else the CPU.
-        max_memory: bytes (or ``"10GiB"``) that may be used, by device.
+        device_map: where its parts go. "auto": as few GPUs, from the first on, as hold it, evenly; else all of them
+            as far as they go, then host memory, then disk. "balanced": all GPUs evenly; "balanced_low_0": as little
+            as possible on the first; "sequential": one GPU after the other. One device: a name, an index, "cpu",
+            "disk". A dictionary from names or globs of modules to devices, of which the longest name counts; a
+            :class:`Plan`. Nothing that has no GPU to lie on stays unquantized, and all of it runs.
+        max_memory: bytes (or ``"10GiB"``) that may be used, by device (0, "cuda:0", "cpu", "disk"). GPUs that are not
+            named are not used then. By default what is free, less a tenth.
+        offload: how parts in host memory run beside a GPU. "stream": their weights are brought to it, while the part
+            before runs. "compute": on the CPU. "auto": whichever a short measurement found faster for one like it;
+            embeddings always look up rows where the table lies. What lies on disk streams.
+        offload_folder: for what lies on disk, unless the checkpoint holds it as it is to be used already: a file
+            without a name, gone with the model. By default the system's folder for temporary files.
+        no_split_module_classes: classes of modules that stay on one device; by default modules alike that repeat in
+            a list, and what a transformers model names itself.
         strict: whether names that the model does not have are an error.
         progress: show a progress bar; by default where stderr is a terminal.
         revision, token: for a hub id.
@@ -62,17 +81,47 @@ def load(
         CheckpointError: a checkpoint that is damaged, absent, ambiguous, or does not belong to the model, or a value
             in it that is NaN, infinite, or beyond what it is to become.
     """
-    config = as_config(config, **settings)
-    empty = empty_copy(model)
+    return load_into(
+        empty_copy(model), weights, as_config(config, **settings), device_map=device_map, max_memory=max_memory,
+        offload=offload, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes, strict=strict,
+        progress=progress, revision=revision, token=token,
+    )  # fmt: skip
+
+
+def load_into(
+    empty: nn.Module,
+    weights: str | PathLike[str],
+    config: QuantizationConfig,
+    *,
+    device_map: DeviceMap,
+    max_memory: MaxMemory | None,
+    offload: str,
+    offload_folder: str | PathLike[str] | None,
+    no_split_module_classes: Iterable[str] | None,
+    strict: bool,
+    progress: bool | None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """:func:`load` for an empty model that is the caller's own to give away."""
     checkpoint = open_checkpoint(weights, revision=revision, token=token)
     targets = match(empty, checkpoint, strict=strict, ignore=ignored_by(empty), rename=renaming(empty))
-    plan = _plan_for(empty, targets, config, checkpoint)
-    device = resolve_device(device_map, planned_bytes(empty, plan), max_memory)
-    with torch.no_grad():
+    storage = _storage_for(empty, targets, config, checkpoint)
+    plan = make_plan(
+        empty, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,
+        no_split_module_classes=no_split_module_classes,
+    )  # fmt: skip
+    check_devices(plan.devices.values())
+    spread = Spread(
+        empty, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
+    )
+    stream = _read(checkpoint, targets, storage, spread, progress)
+    with torch.no_grad(), _no_garbage_collection(), contextlib.closing(stream) as groups:
         heap = Heap()
-        for group, tensors in _read(checkpoint, targets, plan, progress):
+        unsure: list[tuple[str, Source, Tensor]] = []  # scales, looked at last: each look waits for a GPU
+        for group, tensors in groups:
             try:
-                _assign(group, tensors, plan, config, device)
+                _assign(group, tensors, storage, config, spread, unsure)
             except FewbitsError as error:
                 error.locate(group[0].source.file)  # type: ignore[union-attr]  # what is read has a source
                 raise
@@ -80,27 +129,54 @@ def load(
             del tensors  # before the next one comes, and before its memory is given back
             heap.passed(size)
         heap.trim()
-        move_buffers(empty, device)
+        for device in {finite.device for _, _, finite in unsure}:
+            there = [item for item in unsure if item[2].device == device]
+            for (path, source, _), finite in zip(there, torch.stack([item[2] for item in there]).tolist(), strict=True):
+                if not finite:
+                    assert source.spec is not None
+                    wrong = not_finite(path, source.spec)
+                    wrong.locate(source.file)
+                    raise wrong
+        spread.finish()
     record_config(empty)
     return empty
 
 
-def _plan_for(
+@contextlib.contextmanager
+def _no_garbage_collection() -> Generator[None, None, None]:
+    """Python's search for cycles is off: over the many objects of a large model one costs a fifth of a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _storage_for(
     model: nn.Module, targets: list[Target], config: QuantizationConfig, checkpoint: Checkpoint
-) -> dict[str, Placement]:
-    """The plan; for a checkpoint that is quantized already, what it holds: nothing is ever quantized twice."""
+) -> dict[str, Storage]:
+    """How each parameter is stored; for a quantized checkpoint as it is there: nothing is ever quantized twice."""
     stored = {t.path: t.source for t in targets if t.source is not None and t.source.spec is not None}
     if not stored:
-        return make_plan(model, config)
+        storage = choose_storage(model, config)
+        for target in targets:  # where no dtype is asked for it is the checkpoint's
+            kept = storage.get(target.path)
+            if kept is not None and kept.dtype is None and target.source is not None:
+                storage.update((owner.path, replace(kept, dtype=target.source.dtype)) for owner in target.owners)
+        return storage
     found = {source.spec.format for source in stored.values() if source.spec is not None}
     if config.format is not None and found != {config.format}:
         warnings.warn(
             f"{checkpoint.path} is already quantized to {', '.join(sorted(found))}: it is loaded as it is, "
             f"not as {config.format}",
             FewbitsWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    plan = make_plan(model, replace(config, format=None, skip_modules=None, overrides=()), strict_patterns=False)
+    storage = choose_storage(
+        model, replace(config, format=None, skip_modules=None, overrides=()), strict_patterns=False
+    )
     # int8 does not store its logical dtype: the model's other tensors tell
     plain = [t.source.dtype for t in targets if t.source is not None and not t.is_buffer and t.source.spec is None]
     fallback = next((d for d in plain if d is not None and d.is_floating_point), torch.float16)
@@ -109,34 +185,56 @@ def _plan_for(
         if source is None or source.spec is None:
             continue
         spec = replace(source.spec, threshold=config.llm_int8_threshold, compute_dtype=config.compute_dtype)
-        placement = Placement(spec, config.dtype or source.dtype or fallback)
-        plan.update((owner.path, placement) for owner in target.owners)
-    return plan
+        kept = Storage(spec, config.dtype or source.dtype or fallback)
+        storage.update((owner.path, kept) for owner in target.owners)
+    return storage
 
 
 def _read(
-    checkpoint: Checkpoint, targets: list[Target], plan: Mapping[str, Placement], progress: bool | None
-) -> Iterator[tuple[list[Target], dict[str, Tensor]]]:
+    checkpoint: Checkpoint,
+    targets: list[Target],
+    storage: Mapping[str, Storage],
+    spread: Spread,
+    progress: bool | None,
+) -> Generator[tuple[list[Target], dict[str, Tensor]], None, None]:
     """Stream the sources: for each, all the targets that it is for and its tensors by role, once they are all there.
 
     Each list of targets is one tensor in the model afterwards: what shares its bytes on disk shares them again, unless
-    the plan makes different things of it.
+    it is to be stored in different ways, or to lie on different devices.
     """
     users: dict[tuple[object, ...], list[Target]] = {}
     for target in targets:
-        if target.source is not None:  # the plan has no buffers, so that none becomes one with a parameter
-            users.setdefault((target.source.identity, plan.get(target.path)), []).append(target)
+        if target.source is not None:  # no buffer is stored in any way, so that none becomes one with a parameter
+            alike = target.source.identity, storage.get(target.path), spread.devices.get(target.path)
+            users.setdefault(alike, []).append(target)
     awaiting: dict[str, list[tuple[list[Target], str]]] = {}
     parts: dict[int, dict[str, Tensor]] = {}
+    devices: dict[str, torch.device] = {}
+    complete = []
     for group in users.values():
-        source = group[0].source
+        first, source = group[0], group[0].source
         assert source is not None
-        parts[id(group)] = {}
+        ready = parts[id(group)] = {}
+        there = (
+            [] if first.is_buffer else spread.stays_in_checkpoint(first.path, source, storage[first.path], checkpoint)
+        )
         for role, key in source.group.keys.items():
-            awaiting.setdefault(checkpoint.tensors[key].name, []).append((group, role))
+            if key in there:
+                ready[role] = spread.map(checkpoint, key)
+                continue
+            name = checkpoint.tensors[key].name
+            awaiting.setdefault(name, []).append((group, role))
+            if not first.is_buffer and role in ("weight", "absmax", "nested_absmax"):
+                devices.setdefault(name, spread.works_on(first.path, ready=_is_ready(source, storage[first.path])))
+        if len(ready) == len(source.group.keys):
+            complete.append(group)
     total = sum(checkpoint.tensors[name].nbytes for name in awaiting)
-    with bar(total, progress, "loading") as shown:
-        for name, tensor in checkpoint.stream(awaiting):
+    for group in complete:
+        yield group, parts.pop(id(group))
+    stream = checkpoint.stream(awaiting, lambda name: devices.get(name, CPU))
+    with bar(total, progress, "loading") as shown, contextlib.closing(stream):
+        for name, tensor in stream:
+            shown.set_postfix_str(checkpoint.tensors[name].file.name, refresh=False)
             shown.update(tensor.nbytes)
             for group, role in awaiting[name]:
                 ready = parts[id(group)]
@@ -147,12 +245,18 @@ def _read(
             del tensor
 
 
+def _is_ready(source: Source, storage: Storage) -> bool:
+    """Whether the stored bytes are those that the model is to have."""
+    return source.spec is not None or (storage.spec is None and storage.dtype in (None, source.dtype))
+
+
 def _assign(
     targets: list[Target],
     tensors: dict[str, Tensor],
-    plan: Mapping[str, Placement],
+    storage: Mapping[str, Storage],
     config: QuantizationConfig,
-    device: torch.device,
+    spread: Spread,
+    unsure: list[tuple[str, Source, Tensor]],
 ) -> None:
     first = targets[0]
     owner, source = first.owners[0], first.source
@@ -161,28 +265,27 @@ def _assign(
     if first.is_buffer:
         fp32 = any(matches(first.path, pattern) for pattern in config.keep_in_fp32_modules)
         dtype = (torch.float32 if fp32 else config.dtype) if weight.is_floating_point() else None
-        buffer = weight.to(device, dtype or weight.dtype)
+        buffer = weight.to(dtype or weight.dtype)
         for owner in (o for target in targets for o in target.owners):
             owner.module._buffers[owner.name] = buffer
         return
-    placement = plan[first.path]
+    kept = storage[first.path]
     if source.group.format is None:
-        check_values(weight, placement, first.path, CheckpointError)
+        check_values(weight, kept, first.path, CheckpointError)
     value: Tensor
     if source.group.format is not None:
-        moved = {role: t if role == "quant_state" else t.to(device) for role, t in tensors.items()}
-        assert placement.spec is not None
-        assert placement.dtype is not None
-        decoded = decode(source.group, moved, placement.dtype, label=first.path, threshold=placement.spec.threshold)
-        decoded.spec = replace(decoded.spec, compute_dtype=placement.spec.compute_dtype)
-        check_finite(decoded)
+        assert kept.spec is not None
+        assert kept.dtype is not None
+        decoded = decode(source.group, tensors, kept.dtype, label=first.path, threshold=kept.spec.threshold)
+        decoded.spec = replace(decoded.spec, compute_dtype=kept.spec.compute_dtype)
+        unsure.append((first.path, source, scales_finite(decoded)))
+        decoded = decoded.relabelled(kept.dtype)
         value = decoded.t() if stores_transposed(owner.module, owner.name) else decoded
-        value = value.to(placement.dtype)
-    elif placement.spec is not None:
-        value = quantize_parameter(owner.module, owner.name, weight.to(device), placement.spec, first.path)
-        value = value.to(placement.dtype or weight.dtype)
+    elif kept.spec is not None:
+        quantized = quantize_parameter(owner.module, owner.name, weight, kept.spec, first.path, known_finite=True)
+        value = quantized.relabelled(kept.dtype or weight.dtype)
     else:
-        value = weight.to(device, (placement.dtype if weight.is_floating_point() else None) or weight.dtype)
+        value = weight.to((kept.dtype if weight.is_floating_point() else None) or weight.dtype)
     meta = owner.module._parameters[owner.name]
     assert meta is not None
-    put([o for target in targets for o in target.owners], value, meta.requires_grad)
+    spread.put([o for target in targets for o in target.owners], value, meta.requires_grad)

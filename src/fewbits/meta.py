@@ -107,4 +107,11 @@ def empty_copy(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     for p in model.parameters():
         empty = torch.empty_strided(p.size(), p.stride(), dtype=p.dtype, device="meta")
         memo[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)
-    return copy.deepcopy(model, memo)
+    # what made a spread model run where its parts lie does not belong to its structure
+    placed = [(m, k, v) for m in model.modules() for k, v in vars(m).items() if getattr(v, "of_placement", False)]
+    memo.update((id(value), None) for _, _, value in placed)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name in [k for k, v in vars(module).items() if v is None and k in {key for _, key, _ in placed}]:
+            del module.__dict__[name]
+    return copied

@@ -117,11 +117,13 @@ def twin_of(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def quantize_parameter(module: nn.Module, name: str, w: Tensor, spec: Any, label: str | None = None) -> QuantTensor:
+def quantize_parameter(
+    module: nn.Module, name: str, w: Tensor, spec: Any, label: str | None = None, *, known_finite: bool = False
+) -> QuantTensor:
     """``w``, the value of ``module.<name>``, quantized in the orientation in which this module stores it."""
     if not stores_transposed(module, name):
-        return QuantTensor.quantize(w, spec, label=label)
-    stored = QuantTensor.quantize(w.t().contiguous(), spec, label=label)
+        return QuantTensor.quantize(w, spec, label=label, known_finite=known_finite)
+    stored = QuantTensor.quantize(w.t().contiguous(), spec, label=label, known_finite=known_finite)
     return stored.t()  # type: ignore[return-value]  # transposing keeps the class
 
 

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from fewbits.errors import ConfigError, FewbitsError
 from fewbits.modules import install
-from fewbits.plan import Owner, Placement
+from fewbits.storage import Owner, Storage
 from fewbits.tensor import QuantTensor
 
 _HELD = 32 << 20  # bytes of tensors worked through before freed memory goes back to the system
 
 
-def check_values(value: Tensor, placement: Placement, path: str, error: type[FewbitsError] = ConfigError) -> None:
+def check_values(value: Tensor, storage: Storage, path: str, error: type[FewbitsError] = ConfigError) -> None:
     """Raise ``error``, which names the parameter, for a value that is not finite or beyond what it is to become."""
     if not value.is_floating_point() or value.numel() == 0:
         return
-    if placement.spec is not None:
-        limit = torch.finfo(torch.float16).max if placement.spec.format == "int8" else torch.finfo(torch.float32).max
+    if storage.spec is not None:
+        limit = torch.finfo(torch.float16).max if storage.spec.format == "int8" else torch.finfo(torch.float32).max
     else:
-        limit = torch.finfo(placement.dtype or value.dtype).max
-    low, high = (float(v) for v in torch.aminmax(value))  # NaN if any value is; and no copy of the tensor is made
+        limit = torch.finfo(storage.dtype or value.dtype).max
+    low, high = torch.stack(torch.aminmax(value)).tolist()  # NaN if any value is; and no copy of the tensor is made
     if not (-limit <= low and high <= limit):
-        into = str(placement.spec) if placement.spec is not None else str(placement.dtype or value.dtype)
+        into = str(storage.spec) if storage.spec is not None else str(storage.dtype or value.dtype)
         finite = math.isfinite(low) and math.isfinite(high)
         raise error(
             f"the parameter holds values from {low:g} to {high:g}, which {into} cannot hold"
@@ -41,7 +41,7 @@ def check_values(value: Tensor, placement: Placement, path: str, error: type[Few
         )
 
 
-def put(owners: Sequence[Owner], value: Tensor, requires_grad: bool) -> None:
+def put(owners: Sequence[Owner], value: Tensor, requires_grad: bool) -> nn.Parameter:
     """Make one parameter of ``value`` and give it to all its owners; a quantized one is frozen."""
     quantized = isinstance(value, QuantTensor)
     parameter = nn.Parameter(value, requires_grad=requires_grad and value.is_floating_point() and not quantized)
@@ -50,17 +50,7 @@ def put(owners: Sequence[Owner], value: Tensor, requires_grad: bool) -> None:
             install(owner.module, owner.name, parameter)
         else:
             owner.module._parameters[owner.name] = parameter
-
-
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Move every buffer, those that modules share once."""
-    moved: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                if buffer not in moved:
-                    moved[buffer] = buffer.to(device)
-                module._buffers[name] = moved[buffer]
+    return parameter
 
 
 class _Silent:
@@ -73,6 +63,9 @@ class _Silent:
         pass
 
     def update(self, n: float) -> None:
+        """Nothing."""
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         """Nothing."""
 
 

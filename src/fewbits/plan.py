@@ -1,137 +1,48 @@
-"""The plan: for each parameter, the format it gets, the dtype if it gets none, and the device.
+"""The plan: which part of a model lies on which device, decided from sizes alone, before anything is read.
 
-A plan is plain data, made from the model's structure and the configuration before anything is read.
+A model is a sequence of *units* in the order of registration: its blocks (modules alike that repeat in a list, and the
+classes that a transformers model or the caller says not to split) and, outside them, every module with parameters of
+its own. A unit lies on a GPU, on the "cpu" or on "disk". One that lies on no GPU runs on the GPU of the unit before it:
+its bytes stream there when it is called (:mod:`fewbits.offload`), for which that GPU keeps room for two of the largest.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from fewbits.config import QuantizationConfig
-from fewbits.errors import ConfigError, UnsupportedError
-from fewbits.formats import QuantSpec, quantized_bytes
-from fewbits.modules import is_linear, stores_transposed
-from fewbits.structure import check_patterns, matches, names_parameter, output_heads
+from fewbits.errors import ConfigError, FewbitsError
+from fewbits.partition import balance, balance_low_first, fill, pack
+from fewbits.storage import Owner, Storage, owners_of, stored_bytes
+from fewbits.structure import blocks_of, check_patterns, matches
 
-MaxMemory = Mapping[int | str, int | str]
-DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | None
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+OFFLOAD = ("auto", "stream", "compute")
+_ALIGN = 256  # bytes: where each tensor begins in a unit's buffer (as CUDA's own allocations do)
+_FORMAT = "fewbits-plan"
+_JSON_TYPES = {"devices": str, "nbytes": int, "parameters": int, "stored": str, "slots": int, "budgets": int}
 
-
-@dataclass(frozen=True)
-class Placement:
-    """What becomes of one parameter.
-
-    Attributes:
-        spec: how it is quantized, or ``None``.
-        dtype: what it is cast to if it is not quantized (``None``: left as it is); the logical dtype if it is.
-    """
-
-    spec: QuantSpec | None
-    dtype: torch.dtype | None
+Budget = Mapping[int | str, int | str]
+MaxMemory = Budget
 
 
-@dataclass(frozen=True)
-class Owner:
-    """A module and the name in it under which it holds a parameter."""
-
-    module: nn.Module
-    name: str
-    path: str  # dotted, from the model
-
-
-def owners_of(model: nn.Module) -> list[list[Owner]]:
-    """The places of every parameter, those of a shared one together, in the order of registration."""
-    groups: dict[int, list[Owner]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, p in module._parameters.items():
-            if p is not None:
-                path = f"{prefix}.{name}" if prefix else name
-                groups.setdefault(id(p), []).append(Owner(module, name, path))
-    return list(groups.values())
-
-
-def make_plan(model: nn.Module, config: QuantizationConfig, *, strict_patterns: bool = True) -> dict[str, Placement]:
-    """Decide format and dtype for every parameter, shared ones once for all their names.
-
-    Explicit overrides go first, then ``keep_in_fp32_modules``, then ``skip_modules`` (by default the output heads),
-    then ``config.format`` for the weight of every linear layer.
-
-    Args:
-        model: on any device, meta included.
-        config: what is wanted.
-        strict_patterns: whether a pattern that names nothing is an error (not so for one from a checkpoint).
-
-    Raises:
-        ConfigError: a pattern that names nothing, or a parameter that the wanted format cannot hold.
-    """
-    groups = owners_of(model)
-    paths = [owner.path for owners in groups for owner in owners]
-    if strict_patterns:
-        names = [n for n, _ in model.named_modules(remove_duplicate=False) if n] + paths
-        check_patterns((name for name, _ in config.overrides), names, "overrides")
-        check_patterns(config.keep_in_fp32_modules, names, "keep_in_fp32_modules")
-        check_patterns(config.skip_modules or (), names, "skip_modules")
-    skipped = config.skip_modules
-    if skipped is None:
-        skipped = tuple(output_heads(model)) if config.format is not None else ()
-
-    def decide(owners: list[Owner]) -> Placement:
-        shape = owners[0].module._parameters[owners[0].name].shape  # type: ignore[union-attr]
-        floating = owners[0].module._parameters[owners[0].name].is_floating_point()  # type: ignore[union-attr]
-        for pattern, format in config.overrides:
-            named = [
-                o for o in owners if names_parameter(o.path, pattern) or (matches(o.path, pattern) and _may_hold(o))
-            ]
-            if format is not None and named:
-                if len(shape) < 2 or not floating:
-                    raise ConfigError(
-                        f"a parameter of shape {list(shape)} cannot be {format}",
-                        parameter=owners[0].path,
-                        expected="a floating-point parameter of two dimensions or more",
-                    )
-                return Placement(config.spec(format), config.dtype)
-            if format is None and any(matches(o.path, pattern) for o in owners):
-                return Placement(None, config.dtype)
-        if any(matches(o.path, p) for p in config.keep_in_fp32_modules for o in owners):
-            return Placement(None, torch.float32)
-        if any(matches(o.path, p) for p in skipped for o in owners) or config.format is None:
-            return Placement(None, config.dtype)
-        linear = any(o.name == "weight" and is_linear(o.module) for o in owners)
-        wanted = linear and floating and len(shape) == 2 and shape.numel() > 0
-        return Placement(config.spec(config.format) if wanted else None, config.dtype)
-
-    return {owner.path: placement for owners in groups for placement in [decide(owners)] for owner in owners}
-
-
-def _may_hold(owner: Owner) -> bool:
-    """Whether naming a module in ``overrides`` means this parameter of it: layers' weights, not norms or biases."""
-    return owner.name == "weight" and (is_linear(owner.module) or isinstance(owner.module, nn.Embedding))
-
-
-def planned_bytes(model: nn.Module, plan: Mapping[str, Placement]) -> int:
-    """Bytes of all parameters and buffers once the plan is carried out."""
-    total = sum(b.nbytes for b in model.buffers())
-    for owners in owners_of(model):
-        owner = owners[0]
-        p = owner.module._parameters[owner.name]
-        assert p is not None
-        placement = plan[owner.path]
-        if placement.spec is not None:
-            shape = p.shape[::-1] if stores_transposed(owner.module, owner.name) else p.shape
-            total += quantized_bytes(placement.spec, shape)
-        else:
-            dtype = placement.dtype if placement.dtype is not None and p.is_floating_point() else p.dtype
-            total += p.numel() * dtype.itemsize
-    return total
-
-
-# ------------------------------------------------------------------------------------------------- devices
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes in a buffer of a unit."""
+    return -(-nbytes // _ALIGN) * _ALIGN
 
 
 def parse_bytes(size: str | int, argument: str) -> int:
@@ -146,71 +57,621 @@ def parse_bytes(size: str | int, argument: str) -> int:
     if match is None or isinstance(size, bool):
         raise ConfigError(f"{argument} is {size!r}", expected='bytes as a number, or like "10GiB" or "500MB"')
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    return int(Fraction(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-def _one_device(value: str | int | torch.device) -> torch.device:
+# ------------------------------------------------------------------------------------------------- the plan itself
+
+
+@dataclass
+class Plan:
+    """Where each unit of a model lies: plain data, to be printed, edited, saved, and given back as ``device_map``.
+
+    Attributes:
+        devices: by unit (a module's dotted name, in the model's order): ``"cuda:0"``, ``"cpu"`` or ``"disk"``. Edit it
+            freely; what lies on "cpu" or "disk" runs on the GPU of the unit before it, where there is one.
+        nbytes: by unit: bytes as stored, scales and buffers included.
+        parameters: by unit: their number.
+        stored: by unit: the formats and dtypes.
+        slots: by unit: bytes of the buffer that it needs where it runs, if its weights have to be brought there.
+        budgets: by device: bytes that may be used.
+        offload: how units run that lie on no GPU: see :func:`fewbits.load`.
+        runs_on: where a model runs of which no unit lies on a GPU.
+    """
+
+    devices: dict[str, str]
+    nbytes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
+    budgets: dict[str, int] = field(default_factory=dict)
+    offload: str = "auto"
+    runs_on: str = "cpu"
+
+    @property
+    def execution(self) -> dict[str, str]:
+        """By unit: the device that it runs on when its weights stream there."""
+        gpus = [d for d in self.devices.values() if d not in ("cpu", "disk")]
+        current = gpus[0] if gpus else self.runs_on
+        found = {}
+        for name, device in self.devices.items():
+            current = device if device not in ("cpu", "disk") else current
+            found[name] = current
+        return found
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """By device: the bytes that the plan puts there, and on those that units stream to two of the largest."""
+        totals = dict.fromkeys([*self.budgets, *self.devices.values()], 0)
+        slots: dict[str, int] = {}
+        execution = self.execution
+        for name, device in self.devices.items():
+            totals[device] += self.nbytes.get(name, 0)
+            runs = "cpu" if self.offload == "compute" else execution[name]
+            if device == "disk" or (device == "cpu" and runs != "cpu"):
+                for place in {runs, "cpu"} if device == "disk" else {runs}:
+                    slots[place] = max(slots.get(place, 0), self.slots.get(name, 0))
+        for place, nbytes in slots.items():
+            totals[place] = totals.get(place, 0) + 2 * nbytes
+        return totals
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole model."""
+        return sum(self.nbytes.values())
+
+    def to_json(self) -> str:
+        """The plan as JSON."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return json.dumps({"format": _FORMAT, "version": 1, **fields}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from its JSON.
+
+        Raises:
+            ConfigError: it is no plan.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format", None) != _FORMAT or data.pop("version", None) != 1:
+                raise ValueError(f"no {_FORMAT} of version 1")
+            plan = cls(**data)
+            for name, kind in _JSON_TYPES.items():
+                if not all(type(value) is kind for value in getattr(plan, name).values()):
+                    raise ValueError(f"{name} is to give each a {kind.__name__}")
+            if plan.offload not in OFFLOAD or type(plan.runs_on) is not str:
+                raise ValueError(f"offload is {plan.offload!r}, runs_on {plan.runs_on!r}")
+            return plan
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"not a plan ({error})", expected="the JSON that Plan.save wrote") from error
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        Path(file).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Plan:
+        """Read a plan that was saved.
+
+        Raises:
+            ConfigError: the file is not there or no plan.
+        """
+        try:
+            return cls.from_json(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the plan cannot be read: {error}", file=file) from error
+        except FewbitsError as error:
+            error.locate(file)
+            raise
+
+    def __str__(self) -> str:
+        rows = [("units", "device", "runs on", "stored as", "parameters", "bytes")]
+        execution = self.execution
+        for names in self._runs(execution):
+            first, last = names[0] or "(model)", names[-1]
+            runs = execution[names[0]] if self.offload != "compute" else self.devices[names[0]].replace("disk", "cpu")
+            rows.append((
+                first if len(names) == 1 else f"{first} … {last} ({len(names)})", self.devices[names[0]], runs,
+                self.stored.get(names[0], ""), f"{sum(self.parameters.get(n, 0) for n in names):,}",
+                f"{sum(self.nbytes.get(n, 0) for n in names):,}",
+            ))  # fmt: skip
+        rows.append(("total", "", "", "", f"{sum(self.parameters.values()):,}", f"{self.total:,}"))
+        text = _table(rows, left=4)
+        budgets = [("device", "used", "of")]
+        for device, used in self.device_bytes.items():
+            of = self.budgets.get(device)
+            budgets.append((device, f"{used:,}", "" if of is None else f"{of:,}"))
+        return "\n".join([*text, "", *_table(budgets, left=1)])
+
+    def _runs(self, execution: Mapping[str, str]) -> list[list[str]]:
+        """Units in a row that differ in a number only, those alike together: a line of the table each."""
+        rows: list[dict[tuple[str | None, ...], list[str]]] = []
+        before = ""
+        for name in self.devices:
+            pattern = re.sub(r"\d+", "0", name)
+            if not rows or pattern != before:
+                rows.append({})
+            kind = self.devices[name], execution[name], self.stored.get(name)
+            rows[-1].setdefault(kind, []).append(name)
+            before = pattern
+        return [names for row in rows for names in row.values()]
+
+
+def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return [line.rstrip() for line in lines]
+
+
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | Plan | None
+
+
+# ------------------------------------------------------------------------------------------------- what is placed
+
+
+@dataclass
+class Unit:
+    """What is placed as a whole: a block, or a module's own parameters.
+
+    Attributes:
+        name: of the module (of a single parameter, where even a module had to be split).
+        owners: of each of its parameters.
+        nbytes: of parameters as stored, and of buffers.
+        slot_bytes: that its parameters take in a buffer that it streams into.
+        is_table: whether it is only looked up, which needs no more than the rows. A head tied to a table is not.
+    """
+
+    name: str
+    owners: list[list[Owner]] = field(default_factory=list)
+    nbytes: int = 0
+    slot_bytes: int = 0
+    is_table: bool = False
+
+
+def units_of(
+    model: nn.Module, storage: Mapping[str, Storage], blocks: Iterable[str], *, split: str = ""
+) -> dict[str, Unit]:
+    """The units of a model by name, in its order. A parameter that several units share counts for the first.
+
+    Args:
+        model: on any device.
+        storage: how each parameter is stored.
+        blocks: names of the modules that stay whole.
+        split: "" for none; "modules" splits blocks into the modules that own parameters, "parameters" those too.
+    """
+    whole = set(blocks) if not split else set()
+
+    def unit_name(path: str) -> str:
+        module, _, _ = path.rpartition(".")
+        parts = module.split(".")
+        outermost = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        return next((prefix for prefix in outermost if prefix in whole), path if split == "parameters" else module)
+
+    units: dict[str, Unit] = {}
+    for owners in owners_of(model):
+        first, seen_in = owners[0], set()
+        for i, owner in enumerate(owners):
+            if (id(owner.module), owner.name) in seen_in:
+                continue  # a shared module is met once
+            seen_in.add((id(owner.module), owner.name))
+            unit = units.setdefault(unit_name(owner.path), Unit(unit_name(owner.path)))
+            unit.is_table = isinstance(owner.module, nn.Embedding) and (unit.is_table or not unit.owners)
+            unit.owners.append(owners)
+            size = stored_bytes(first, storage[first.path])
+            unit.slot_bytes += aligned(size) + 4 * _ALIGN if size else 0  # a quantized one is four tensors at most
+            unit.nbytes += size if i == 0 else 0
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in seen:
+                seen.add(id(buffer))
+                where = unit_name(f"{prefix}.{name}" if prefix else name)
+                units.setdefault(where, Unit(where)).nbytes += buffer.nbytes
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(units.items(), key=lambda kv: order.get(kv[0], order.get(kv[0].rpartition(".")[0], 0))))
+
+
+def _together(units: dict[str, Unit], blocks: set[str], *, neighbours: bool) -> list[list[Unit]]:
+    """Units that go to one device: those that share parameters, and neighbours outside the blocks.
+
+    What lies beside the blocks is often joined by plain operations (token + position embeddings), which need their
+    operands on one device.
+    """
+    leader: dict[str, str] = {}
+    position = {name: i for i, name in enumerate(units)}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    holder: dict[int, str] = {}  # a parameter's owners → the first unit that has it
+    before: Unit | None = None
+    for unit in units.values():
+        leader[unit.name] = unit.name
+        joined = [holder.setdefault(id(owners), unit.name) for owners in unit.owners]
+        if neighbours and blocks and before is not None and not {before.name, unit.name} & blocks:
+            joined.append(before.name)
+        for name in joined:
+            first, second = sorted((find(name), find(unit.name)), key=position.__getitem__)
+            leader[second] = first
+        before = unit
+    groups: dict[str, list[Unit]] = {}
+    for unit in units.values():
+        groups.setdefault(find(unit.name), []).append(unit)
+    return list(groups.values())
+
+
+# ------------------------------------------------------------------------------------------------- devices
+
+
+def device_name(value: str | int | torch.device, argument: str = "device_map") -> str:
+    """``"cuda:0"``, ``"cpu"``, ``"disk"`` …: the one way to write each device.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if value == "disk":
+        return "disk"
+    text = f"cuda:{value}" if str(value).isdigit() else str(value)
     try:
-        device = torch.device(f"cuda:{value}") if isinstance(value, int) else torch.device(value)
-    except (RuntimeError, TypeError) as error:
+        device = torch.device(text)
+        if str(device) != text:  # torch takes an index modulo 256
+            raise RuntimeError(f"torch reads it as {device}")
+    except RuntimeError as error:
         raise ConfigError(
-            f"device_map: {value!r} is not a device", expected='"auto", "cpu", "cuda:0", 0 or {"": device}'
+            f"{argument}: {value!r} is not a device", expected='"auto", "cpu", "disk", "cuda:0", 0 or {name: device}'
         ) from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
+    if device.type == "meta":
+        raise ConfigError(f"{argument}: nothing can lie on the meta device", expected="a real device")
+    if device.type == "cpu":
+        return "cpu"
+    if text == "cuda":
+        return f"cuda:{torch.cuda.current_device() if torch.cuda.is_available() else 0}"
+    return str(device)
+
+
+def check_devices(names: Iterable[str]) -> None:
+    """Raise for a device that this machine does not have.
+
+    Raises:
+        ConfigError: with the ones it has.
+    """
+    for name in names:
+        if name in ("cpu", "disk"):
+            continue
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 f"device_map: {device} is wanted, and torch sees no CUDA GPU", hint='use device_map="auto" or "cpu"'
             )
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
+        if device.type == "cuda" and device.index >= torch.cuda.device_count():
             raise ConfigError(
                 f"device_map: there is no {device}", expected=f"an index below {torch.cuda.device_count()}"
             )
-    return device
 
 
-def resolve_device(device_map: DeviceMap, needed: int, max_memory: MaxMemory | None = None) -> torch.device:
-    """The one device that the model goes to.
+def budgets_of(max_memory: MaxMemory | None, offload_folder: str | os.PathLike[str] | None = None) -> dict[str, int]:
+    """Bytes that may be used, by device: GPUs in order, "cpu", "disk".
 
-    ``None`` and the names "auto", "balanced", "balanced_low_0" and "sequential" choose the first GPU whose free memory
-    (or ``max_memory``) holds ``needed`` bytes, else the CPU.
+    What ``max_memory`` does not name is not used if it is a GPU; for "cpu" and "disk", and for every GPU if nothing is
+    given, it is what is free now, less a tenth (of a GPU 512 MiB at least) for activations and for other programs.
 
     Raises:
-        ConfigError: an unknown device, or a budget that does not hold the model.
-        UnsupportedError: a map over several devices.
+        ConfigError: an unknown device or size.
     """
-    budgets = {str(k): parse_bytes(v, f"max_memory[{k!r}]") for k, v in (max_memory or {}).items()}
+    if not isinstance(max_memory, Mapping | None):
+        raise ConfigError(f"max_memory is {max_memory!r}", expected='{device: bytes}, like {0: "10GiB", "cpu": 0}')
+    given = {
+        device_name(key, "max_memory"): parse_bytes(value, f"max_memory[{key!r}]")
+        for key, value in (max_memory or {}).items()
+    }
+    gpus = {name: size for name, size in given.items() if name not in ("cpu", "disk")}
+    if not gpus and max_memory is None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free = torch.cuda.mem_get_info(index)[0]
+            gpus[f"cuda:{index}"] = max(free - max(free // 10, 512 << 20), 0)
+    order = {name: (torch.device(name).type, torch.device(name).index or 0) for name in gpus}
+    budgets = dict(sorted(gpus.items(), key=lambda kv: order[kv[0]]))
+    if "cpu" not in given:
+        given["cpu"] = psutil.virtual_memory().available * 9 // 10
+    if "disk" not in given:
+        folder = Path(offload_folder if offload_folder is not None else tempfile.gettempdir())
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        given["disk"] = shutil.disk_usage(folder).free * 9 // 10
+    return budgets | {"cpu": given["cpu"], "disk": given["disk"]}
+
+
+# ------------------------------------------------------------------------------------------------- deciding
+
+
+def make_plan(
+    model: nn.Module,
+    storage: Mapping[str, Storage],
+    device_map: DeviceMap = "auto",
+    *,
+    max_memory: MaxMemory | None = None,
+    offload: str = "auto",
+    offload_folder: str | os.PathLike[str] | None = None,
+    no_split_module_classes: Iterable[str] | None = None,
+) -> Plan:
+    """Decide where each unit lies.
+
+    Args:
+        model: on any device, meta included.
+        storage: how each parameter is stored (:func:`fewbits.storage.choose_storage`).
+        device_map: see :func:`fewbits.load`.
+        max_memory, offload, offload_folder, no_split_module_classes: as there.
+
+    Raises:
+        ConfigError: budgets that do not hold the model, a map that leaves parameters out or names none.
+    """
+    if offload not in OFFLOAD:
+        raise ConfigError(f"offload is {offload!r}", expected=f"one of {', '.join(OFFLOAD)}")
+    given = device_map if isinstance(device_map, Plan) else Plan({})
+    if isinstance(device_map, Plan):
+        offload = given.offload if offload == "auto" else offload
+        device_map = given.devices
+    blocks = set(blocks_of(model, no_split_module_classes))
+    if device_map is None or (isinstance(device_map, str) and device_map in STRATEGIES):
+        budgets = budgets_of(max_memory, offload_folder)
+        return _decide(model, storage, blocks, budgets, device_map or "auto", offload)
+    budgets = {} if max_memory is None else budgets_of(max_memory, offload_folder)  # asking a GPU takes memory there
     if isinstance(device_map, Mapping):
-        devices = {_one_device(d) if d != "disk" else "disk" for d in device_map.values()}
-        if not devices:
-            raise ConfigError("device_map is empty", expected='at least {"": device}')
-        if len(devices) > 1 or "disk" in devices:
-            raise UnsupportedError(
-                f"device_map spreads the model over {', '.join(sorted(map(str, devices)))}",
-                expected="one device for the whole model",
-                hint='give one device, or device_map="auto"',
+        devices, units = _from_mapping(model, storage, blocks, device_map)
+    else:
+        units = units_of(model, storage, blocks)
+        devices = dict.fromkeys(units, device_name(device_map))
+    named = {device: size for device, size in budgets.items() if device in devices.values()}
+    plan = _describe(units, storage, devices, given.budgets or named, offload)
+    mentioned = [device_name(d) for d in device_map.values()] if isinstance(device_map, Mapping) else []
+    plan.runs_on = given.runs_on if given.devices else next((d for d in mentioned if d not in ("cpu", "disk")), "cpu")
+    for device, used in plan.device_bytes.items():
+        if device in budgets and used > budgets[device]:
+            raise ConfigError(
+                f"device_map puts {used:,} bytes on {device}, {used - budgets[device]:,} more than its budget",
+                expected=f"at most {budgets[device]:,} (max_memory)",
+                hint='raise max_memory, or use device_map="auto"',
             )
-        device_map = devices.pop()
-    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        tried = []
-        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-            room = budgets.get(str(index), 0 if budgets and str(index) not in budgets else None)
-            room = torch.cuda.mem_get_info(index)[0] if room is None else room
-            tried.append(f"cuda:{index} {room:,}")
-            if needed <= room:
-                return torch.device("cuda", index)
-        room = budgets.get("cpu", psutil.virtual_memory().available)
-        if needed <= room:
-            return torch.device("cpu")
+    return plan
+
+
+def _describe(
+    units: Mapping[str, Unit], storage: Mapping[str, Storage], devices: dict[str, str], budgets: dict[str, int],
+    offload: str,
+) -> Plan:  # fmt: skip
+    plan = Plan(devices, budgets=budgets, offload=offload)
+    counted: set[int] = set()
+    for name, unit in units.items():
+        plan.nbytes[name], plan.slots[name] = unit.nbytes, 0 if unit.is_table else unit.slot_bytes
+        kinds: dict[str, int] = {}
+        count = 0
+        for owners in unit.owners:
+            p = owners[0].module._parameters[owners[0].name]
+            assert p is not None
+            kept = storage[owners[0].path]
+            kind = str(kept.spec) if kept.spec is not None else str(kept.dtype or p.dtype).removeprefix("torch.")
+            kinds[kind] = kinds.get(kind, 0) + p.numel()
+            count += 0 if id(owners) in counted else p.numel()
+            counted.add(id(owners))
+        plan.parameters[name] = count
+        plan.stored[name] = ", ".join(sorted(kinds, key=lambda k: -kinds[k]))
+    return plan
+
+
+def _from_mapping(
+    model: nn.Module, storage: Mapping[str, Storage], blocks: set[str], device_map: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Unit]]:
+    """The device of each unit from a map of names or globs, the longest that names it."""
+    if not device_map:
+        raise ConfigError("device_map is empty", expected='at least {"": device}')
+    given = {str(name): device_name(device) for name, device in device_map.items()}
+    names = [n for n, _ in model.named_modules(remove_duplicate=False)] + list(storage)
+    names += [n for n, _ in model.named_buffers(remove_duplicate=False)]
+    check_patterns(given.keys() - set(names), names, "device_map")
+    globs = [n for n in given if any(c in n for c in "*?[")]
+
+    def device_of(path: str) -> str | None:
+        parts = path.split(".")
+        above = (".".join(parts[:i]) for i in range(len(parts) + 1))
+        found = [n for n in above if n in given] + [n for n in globs if matches(path, n)]
+        return given[max(found, key=lambda n: (len(n), n))] if found else None
+
+    def device_of_any(owners: list[Owner]) -> str | None:
+        """A shared parameter lies where the first of its names says that is named."""
+        return next(filter(None, (device_of(owner.path) for owner in owners)), None)
+
+    left_out = [owners[0].path for owners in owners_of(model) if device_of_any(owners) is None]
+    if left_out:
         raise ConfigError(
-            f"the quantized model takes {needed:,} bytes, more than any one device has room for",
-            expected=f"at most {', '.join([*tried, f'cpu {room:,}'])}",
-            hint="choose a smaller format, or raise max_memory",
+            f"device_map leaves out {len(left_out)} parameters: {', '.join(left_out[:5])}"
+            + ("…" if len(left_out) > 5 else ""),
+            expected="a device for every parameter",
+            hint='add their modules, or {"": device} for all that is not named',
         )
-    device = _one_device(device_map)
-    key = str(device.index) if device.type == "cuda" else device.type
-    if key in budgets and needed > budgets[key]:
-        raise ConfigError(
-            f"the quantized model takes {needed:,} bytes on {device}", expected=f"at most {budgets[key]:,} (max_memory)"
-        )
-    return device
+    splits = [units_of(model, storage, blocks, split=split) for split in ("", "modules", "parameters")]
+    for units in sorted(splits, key=lambda units: units.keys() != given.keys()):  # a plan's own units stay as they are
+        said = {name: set(map(device_of_any, unit.owners)) or {device_of(name)} for name, unit in units.items()}
+        if all(len(devices) == 1 for devices in said.values()):
+            break
+    main = next((d for ds in said.values() for d in ds if d not in (None, "cpu", "disk")), "cpu")
+    return {name: next(iter(devices)) or main for name, devices in said.items()}, units
+
+
+def _decide(
+    model: nn.Module, storage: Mapping[str, Storage], blocks: set[str], budgets: dict[str, int], strategy: str,
+    offload: str,
+) -> Plan:  # fmt: skip
+    gpus = [d for d in budgets if d not in ("cpu", "disk")]
+    attempts = [("", True), ("", False), ("modules", False), ("parameters", False)]
+    if sum(unit.nbytes for unit in units_of(model, storage, blocks).values()) > sum(budgets.values()):
+        attempts = attempts[-1:]  # for what the error says
+    for split, neighbours in attempts:
+        units = units_of(model, storage, blocks, split=split)
+        groups = _together(units, blocks, neighbours=neighbours)
+        sizes = [sum(u.nbytes for u in group) for group in groups]
+        slots = [max(0 if u.is_table else u.slot_bytes for u in group) for group in groups]
+        found = _resident(sizes, [budgets[g] for g in gpus], strategy)
+        places = None if found is None else [gpus[i] for i in found]
+        mode = offload
+        if places is None:
+            buffers = sum(b.nbytes for b in model.buffers())
+            places, mode = _spilled(groups, sizes, slots, list(units), blocks, gpus, budgets, offload, buffers)
+            if places is not None and mode != "compute" and strategy != "sequential":
+                repeat = [any(u.name in blocks for u in group) for group in groups]
+                places = _interleaved(places, sizes, repeat)
+        if places is None and split == "parameters":
+            for kept in (2 * max(slots), 0):  # the CPU's slots for what lies on disk, if there is room for them
+                found = pack(sizes, list((budgets | {"cpu": budgets["cpu"] - kept}).values()))
+                if found is not None:
+                    places, mode = [list(budgets)[i] for i in found], "compute"
+                    break
+        if places is not None:
+            devices = {u.name: place for group, place in zip(groups, places, strict=True) for u in group}
+            plan = _describe(units, storage, {name: devices[name] for name in units}, budgets, mode)
+            plan.runs_on = gpus[0] if gpus and mode != "compute" else "cpu"
+            return plan
+    raise _does_not_fit(sizes, budgets)
+
+
+def _does_not_fit(sizes: list[int], budgets: dict[str, int]) -> ConfigError:
+    """The error for tensors of these sizes that no device holds, with the budgets that would do."""
+    total, room = sum(sizes), sum(budgets.values())
+    enough = {}
+    for device in ("disk", "cpu"):
+        enough[device] = budgets[device] + max(total - room, 0)
+        if pack(sizes, list((budgets | {device: enough[device]}).values())) is None:  # then: all that the others leave
+            found = pack(sizes, list((budgets | {device: total}).values())) or []
+            here = list(budgets).index(device)
+            enough[device] = sum(size for size, place in zip(sizes, found, strict=True) if place == here)
+    wrong = f"{total - room:,} are missing" if total > room else f"none splits a tensor, and one takes {max(sizes):,}"
+    return ConfigError(
+        f"the model takes {total:,} bytes as it is to be stored, and the budgets hold {room:,}: {wrong}",
+        expected=", ".join(f"{device} {size:,}" for device, size in budgets.items()),
+        hint=f'raise max_memory: "disk" to {enough["disk"]:,} or "cpu" to {enough["cpu"]:,} would do; '
+        "or choose a smaller format",
+    )
+
+
+def _resident(sizes: list[int], capacities: list[int], strategy: str) -> list[int] | None:
+    """The GPU of each group when all of them fit on GPUs."""
+    if not capacities:
+        return None
+    if strategy == "sequential":
+        return fill(sizes, capacities)
+    if strategy == "balanced":
+        return balance(sizes, capacities)
+    if strategy == "balanced_low_0":
+        return balance_low_first(sizes, capacities)
+    for count in range(1, len(capacities) + 1):  # as few as hold it: what moves between GPUs costs time
+        if sum(sizes) <= sum(capacities[:count]) and (found := balance(sizes, capacities[:count])) is not None:
+            return found
+    return None
+
+
+def _interleaved(places: list[str], sizes: list[int], repeat: list[bool]) -> list[str]:
+    """The same, with the blocks that spilled spread evenly among those of the GPU that runs them.
+
+    While the others run, the link has time to bring them. Only blocks of one size change places.
+    """
+    spilled = [i for i, place in enumerate(places) if repeat[i] and place in ("cpu", "disk")]
+    if not spilled or spilled[0] == 0 or places[spilled[0] - 1] in ("cpu", "disk"):
+        return places
+    start, stop, gpu = spilled[0], spilled[-1] + 1, places[spilled[0] - 1]
+    while start > 0 and repeat[start - 1] and places[start - 1] == gpu:
+        start -= 1
+    if len(spilled) != stop - spilled[0] or len(set(sizes[start:stop])) != 1:
+        return places
+    count, hosts = stop - start, iter([places[i] for i in spilled])
+    turns = [(i + 1) * len(spilled) // count > i * len(spilled) // count for i in range(count)]
+    return places[:start] + [next(hosts) if turn else gpu for turn in turns] + places[stop:]
+
+
+def _spilled(
+    groups: list[list[Unit]], sizes: list[int], slots: list[int], order: list[str], blocks: set[str], gpus: list[str],
+    budgets: dict[str, int], offload: str, buffers: int,
+) -> tuple[list[str] | None, str]:  # fmt: skip
+    """The device of each group, and how those that no GPU holds are to run: GPUs first, then "cpu", then "disk".
+
+    Of the ways to choose what goes to the GPUs the one is taken that leaves the fewest bytes to stream. Tables in front
+    (and a head that is tied to one) may stay in host memory, where looking up costs next to nothing; what follows the
+    blocks, norm and head, may go to a GPU before the last blocks do, so that no buffer has to be as large as a head.
+    """
+    count = len(groups)
+    repeat = [any(u.name in blocks for u in group) for group in groups]
+    late = set(order[max((i for i, name in enumerate(order) if name in blocks), default=len(order)) :])
+    streamed = [any(u.slot_bytes and not u.is_table and u.name not in late for u in group) for group in groups]
+    tables = next((i for i in range(count) if repeat[i] or streamed[i]), count)
+    tail = next((i for i in range(count, 0, -1) if repeat[i - 1]), count)
+    # Where units of an early group (shared embeddings) come again between later ones, what follows runs on their GPU.
+    position = {unit.name: i for i, group in enumerate(groups) for unit in group}
+    steps = [position[b] - position[a] for a, b in pairwise(order)]
+    returns = any(step > 0 for step in steps[next((i for i, step in enumerate(steps) if step < 0), len(steps)) :])
+    best: tuple[int, list[str]] | None = None
+    for mode in ("stream", "compute"):
+        if not gpus or offload not in (mode, "auto"):
+            continue
+        needs = slots if mode == "stream" else [0] * count
+        for first in dict.fromkeys((tables, 0)):
+            for last in dict.fromkeys((tail, count)):
+                found = _on_gpus_first(sizes, slots, needs, first, last, gpus, budgets, buffers, returns)
+                if found is not None:
+                    streams = sum(s for s, slot, d in zip(sizes, slots, found, strict=True) if slot and d not in gpus)
+                    if best is None or streams < best[0]:
+                        best = streams, found
+        if best is not None:
+            return best[1], offload if mode == "stream" else "compute"
+    host = _host(sizes, slots, budgets)  # no GPU, or none that is large enough even to stream to
+    return host, "compute" if gpus else offload
+
+
+def _on_gpus_first(
+    sizes: list[int], slots: list[int], needs: list[int], first: int, last: int, gpus: list[str],
+    budgets: dict[str, int], buffers: int, everywhere: bool,
+) -> list[str] | None:  # fmt: skip
+    """Groups from ``last`` on, and as many as fit of those from ``first`` on, on GPUs; the others not.
+
+    What spills runs on the GPU of the group before it, which keeps two slots of what the largest ``needs``; with
+    ``everywhere`` all GPUs do. Next-fit packs the GPUs before that one as far as they go, and leaves it the least.
+    """
+    ends = [0, *accumulate(sizes)]
+    largest = max(needs[:first], default=0)
+    for stop in range(last, first - 1, -1):
+        largest = max([largest, *needs[stop:last][:1]])
+        if ends[first] + ends[last] - ends[stop] > budgets["cpu"] + budgets["disk"]:
+            return None
+        starts = [first]  # of the groups on each GPU
+        used = gpus if stop > first or last < len(sizes) else gpus[:1]  # with nothing on a GPU all runs on the first
+        for gpu in used:
+            starts[-1] = min(starts[-1], max(stop - 1, first))
+            room = budgets[gpu] - buffers - 2 * largest
+            if ends[stop] - ends[starts[-1]] + ends[-1] - ends[last] <= room:
+                spilled = [*range(first), *range(stop, last)]
+                host = _host([sizes[i] for i in spilled], [slots[i] for i in spilled], budgets)
+                if host is None:
+                    break
+                on_gpus = [gpus[bisect_right(starts, i) - 1] for i in range(first, stop)]
+                return host[:first] + on_gpus + host[first:] + [gpu] * (len(sizes) - last)
+            room = room if everywhere else budgets[gpu]
+            starts.append(bisect_right(ends, ends[starts[-1]] + room) - 1 if room >= 0 else starts[-1])
+    return None
+
+
+def _host(sizes: list[int], slots: list[int], budgets: dict[str, int]) -> list[str] | None:
+    """ "cpu" as far as it holds, then "disk", for which the CPU keeps two slots."""
+    on_cpu, on_disk, largest = sum(sizes), 0, 0
+    for count in range(len(sizes), -1, -1):
+        if on_disk > budgets["disk"] or 2 * largest > budgets["cpu"]:
+            return None
+        if on_cpu + 2 * largest <= budgets["cpu"]:
+            return ["cpu"] * count + ["disk"] * (len(sizes) - count)
+        if count:
+            on_cpu, on_disk = on_cpu - sizes[count - 1], on_disk + sizes[count - 1]
+            largest = max(largest, slots[count - 1])
+    return None

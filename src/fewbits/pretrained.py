@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
 from fewbits.checkpoint import local_path
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.hf import build_empty, read_config, recorded_settings
-from fewbits.load import load
+from fewbits.load import load_into
 from fewbits.plan import DeviceMap, MaxMemory
 
 
@@ -18,6 +19,9 @@ def from_pretrained(
     *,
     device_map: DeviceMap = "auto",
     max_memory: MaxMemory | None = None,
+    offload: str = "auto",
+    offload_folder: str | PathLike[str] | None = None,
+    no_split_module_classes: Iterable[str] | None = None,
     strict: bool = True,
     progress: bool | None = None,
     revision: str | None = None,
@@ -30,7 +34,8 @@ def from_pretrained(
 
     Args:
         path: a folder with ``config.json`` and weights, the file of the weights in it, or a hub id.
-        config, device_map, max_memory, strict, progress, revision, token, settings: as for :func:`load`.
+        config, device_map, max_memory, offload, offload_folder, no_split_module_classes, strict, progress, revision,
+            token, settings: as for :func:`load`.
 
     Returns:
         The model, in evaluation mode.
@@ -48,7 +53,9 @@ def from_pretrained(
         # no format is asked for: the tensors say which they have, the record what they do not say
         config = QuantizationConfig(**{**recorded, "format": None, "double_quant": False, **settings})
     model = build_empty(model_config, folder)
-    loaded = load(
-        model, weights, config, device_map=device_map, max_memory=max_memory, strict=strict, progress=progress
-    )
+    loaded = load_into(
+        model, weights, config, device_map=device_map, max_memory=max_memory, offload=offload,
+        offload_folder=offload_folder, no_split_module_classes=no_split_module_classes, strict=strict,
+        progress=progress,
+    )  # fmt: skip
     return loaded.eval()

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fewbits.atomic import replacing
 from fewbits.errors import FewbitsWarning, SaveError
-from fewbits.files import SAFETENSORS_DTYPES, writable_view
+from fewbits.files import SAFETENSORS_DTYPES
 from fewbits.hf import bitsandbytes_config, is_transformers_model, mixes_formats
+from fewbits.memory import writable_view
 from fewbits.place import bar
 from fewbits.plan import parse_bytes
 

@@ -201,7 +201,7 @@ def decode(
     if spec.double_quant:
         state = json.loads(bytes(tensors["quant_state"].cpu().tolist()))
         inner["nested_absmax"] = tensors["nested_absmax"]
-        inner["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+        inner["nested_offset"] = torch.full((), state["nested_offset"], dtype=torch.float32, device=packed.device)
     for table, values in (("quant_map", group.format), ("nested_quant_map", "dynamic")):
         if table in tensors and not torch.equal(tensors[table].cpu(), codebook(str(values), torch.device("cpu"))):
             raise CheckpointError(
@@ -259,5 +259,5 @@ def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: A
 def attach_state_dict_hooks(module: nn.Module) -> None:
     """Make ``state_dict`` and ``load_state_dict`` of this module speak bitsandbytes' keys. Idempotent."""
     if _save_hook not in module._state_dict_hooks.values():
-        module._register_state_dict_hook(_save_hook)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        module.register_load_state_dict_pre_hook(_load_hook)  # type: ignore[no-untyped-call]
+        module._register_state_dict_hook(_save_hook)
+        module.register_load_state_dict_pre_hook(_load_hook)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
@@ -83,8 +84,9 @@ def _out_features(module: nn.Module) -> int:
     return int(_weight(module).shape[1 if is_conv1d(module) else 0])
 
 
-def _shapes(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """Equal for modules of one class and the same parameters."""
+    return type(module), *((name, tuple(p.shape)) for name, p in module.named_parameters())
 
 
 def _repeated(model: nn.Module) -> list[str]:
@@ -94,10 +96,39 @@ def _repeated(model: nn.Module) -> list[str]:
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
         members = [(key, child) for key, child in module.named_children() if next(child.children(), None) is not None]
-        kinds = [(type(child), _shapes(child)) for _, child in members]
+        kinds = [_kind(child) for _, child in members]
+        counts = Counter(kinds)
         for (key, _), kind in zip(members, kinds, strict=True):
-            if kinds.count(kind) > 1:
+            if counts[kind] > 1:
                 found.append(f"{name}.{key}" if name else key)
+    return found
+
+
+def blocks_of(model: nn.Module, no_split_module_classes: Iterable[str] | None = None) -> list[str]:
+    """Names of the modules that stay whole on one device, outermost ones only, in the model's order.
+
+    They are the composite modules that repeat in a list, which is where residual connections are, and those of the
+    classes named: by the caller, or by a transformers model itself (``_no_split_modules``).
+
+    Raises:
+        ConfigError: a class that no module of the model is of.
+    """
+    given = list(no_split_module_classes or ())
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if absent := [name for name in given if name not in classes]:
+        raise ConfigError(
+            f"no_split_module_classes: no module of the model is a {', '.join(absent)}",
+            expected="names of classes",
+            hint=f"the model's own: {', '.join(sorted({type(m).__name__ for m in model.modules()})[:20])}",
+        )
+    whole = {*given, *(getattr(model, "_no_split_modules", None) or ())}
+    repeated = set(_repeated(model))
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not name or (found and name.startswith(found[-1] + ".")):
+            continue
+        if name in repeated or any(cls.__name__ in whole for cls in type(module).__mro__):
+            found.append(name)
     return found
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fewbits.plan import owners_of
+from fewbits.offload import devices_of
+from fewbits.storage import owners_of
 from fewbits.tensor import QuantTensor
 
 
@@ -19,7 +20,7 @@ class Row:
         stored: the format or dtype.
         parameters: their number.
         nbytes: the memory they take, scales included.
-        device: where.
+        device: where it lies; "disk" is one.
     """
 
     module: str
@@ -85,13 +86,14 @@ def summary(model: nn.Module, depth: int = 3) -> Summary:
         depth: how many parts of a dotted name make a row.
     """
     rows: dict[tuple[str, str, str], tuple[int, int]] = {}
+    devices = devices_of(model)
     for owners in owners_of(model):
         owner = owners[0]
         p: Tensor = owner.module._parameters[owner.name]  # type: ignore[assignment]  # owners_of gives no None
         module = ".".join(owner.path.split(".")[:-1][:depth])
         stored = str(p.spec) if isinstance(p, QuantTensor) else str(p.dtype).removeprefix("torch.")
         nbytes = sum(t.nbytes for t in p.inner_tensors.values()) if isinstance(p, QuantTensor) else p.nbytes
-        key = (module, stored, str(p.device))
+        key = (module, stored, devices.get(owner.path, str(p.device)))
         count, total = rows.get(key, (0, 0))
         rows[key] = (count + p.numel(), total + nbytes)
     table = [Row(m, s, n, b, d) for (m, s, d), (n, b) in rows.items()]

@@ -88,8 +88,12 @@ class QuantTensor(torch.Tensor):
         return self
 
     @classmethod
-    def quantize(cls, w: Tensor, spec: QuantSpec | str, *, label: str | None = None) -> QuantTensor:
+    def quantize(
+        cls, w: Tensor, spec: QuantSpec | str, *, label: str | None = None, known_finite: bool = False
+    ) -> QuantTensor:
         """Quantize a floating-point tensor, of any shape with at least one element, on its device.
+
+        With ``known_finite`` the caller has looked at the values; looking waits for a GPU.
 
         Raises:
             ConfigError: ``w`` is not floating point, is empty, or holds a NaN or an infinity (for ``int8`` also a
@@ -104,8 +108,8 @@ class QuantTensor(torch.Tensor):
             )
         with torch.no_grad():
             result = cls.from_inner({**quantize_inner(w.detach(), spec)}, spec, w.shape, w.dtype, label=label)
-        if not w.is_meta:
-            check_finite(result)
+        if not w.is_meta and not known_finite and not bool(scales_finite(result)):
+            raise not_finite(label, spec)
         return result
 
     @property
@@ -161,6 +165,10 @@ class QuantTensor(torch.Tensor):
             inner, self.spec, self.stored_shape, dtype or self.dtype, transposed=self.transposed, label=self.label
         )
 
+    def relabelled(self, dtype: torch.dtype) -> QuantTensor:
+        """The same inner tensors under another logical dtype."""
+        return self if dtype == self.dtype else self._map(lambda tensor: tensor, dtype)
+
     def _adopt(self, other: QuantTensor) -> None:
         """Become ``other``'s bytes: in place where the layouts agree, so that aliases of this tensor follow."""
         if {n: (t.dtype, t.shape) for n, t in self.inner_tensors.items()} == {
@@ -200,20 +208,21 @@ def _contiguous_strides(shape: Sequence[int]) -> list[int]:
     return list(itertools.accumulate(reversed([*shape[1:], 1]), lambda a, b: a * max(b, 1)))[::-1]
 
 
-def check_finite(tensor: QuantTensor) -> None:
-    """Raise if the tensor was quantized from NaN or infinite values: its scales then are not finite.
+def scales_finite(tensor: QuantTensor) -> Tensor:
+    """bool []: whether all scales are finite, which they are not if the values were NaN or infinite."""
+    flags = [t.isfinite().all() for t in tensor.inner_tensors.values() if t.is_floating_point()]
+    return flags[0] if len(flags) == 1 else torch.stack(flags).all()
 
-    Raises:
-        ConfigError: with the parameter's name.
-    """
-    if not all(bool(t.isfinite().all()) for t in tensor.inner_tensors.values() if t.is_floating_point()):
-        limit = " or beyond fp16's ±65504, through which int8 passes" if tensor.spec.format == "int8" else ""
-        raise ConfigError(
-            f"the weight holds values that are NaN or infinite{limit}",
-            parameter=tensor.label,
-            expected="finite values",
-            hint="repair the checkpoint, or leave this module out with skip_modules",
-        )
+
+def not_finite(label: str | None, spec: QuantSpec) -> ConfigError:
+    """The error for a weight whose scales are not finite."""
+    limit = " or beyond fp16's ±65504, through which int8 passes" if spec.format == "int8" else ""
+    return ConfigError(
+        f"the weight holds values that are NaN or infinite{limit}",
+        parameter=label,
+        expected="finite values",
+        hint="repair the checkpoint, or leave this module out with skip_modules",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- products

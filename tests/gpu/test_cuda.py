@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fewbits
+from fewbits import homes, reader
 from fewbits.formats import QuantSpec
 from fewbits.tensor import QuantTensor, embedding, linear
 
@@ -52,14 +53,16 @@ def test_on_another_stream(spec, gpu):
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_the_peak_of_gpu_memory(format, gpu, tmp_path):
+def test_the_peak_of_gpu_memory(format, gpu, tmp_path, monkeypatch):
     """The quantized model, and what one tensor takes while it is quantized: never the model in full precision."""
-    width, layers = 2048, 16
+    width, layers = 2048, 48
 
     def build() -> nn.Module:
         return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
     fewbits.save(build(), tmp_path)
+    ahead = 6 * 4 * width * width
+    monkeypatch.setattr(reader, "READ_AHEAD", ahead)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -68,4 +71,21 @@ def test_the_peak_of_gpu_memory(format, gpu, tmp_path):
     peak = torch.cuda.max_memory_allocated() - before
     assert final <= fewbits.summary(model).total.nbytes + 512 * (2 * layers + 8)  # the allocator rounds up to 512
     # in fp32, of one weight: itself, normalized, and two temporaries; the int64 of a table look-up for int8's codes
-    assert peak <= final + 6 * 4 * width * width
+    assert peak <= final + ahead + 6 * 4 * width * width
+
+
+def test_memory_that_cannot_be_pinned(gpu, tmp_path, monkeypatch):
+    """Said, and slower, but right."""
+    torch.save({f"{i}.weight": torch.randn(256, 256) for i in range(4)}, tmp_path / "m.pt")
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+
+    monkeypatch.setattr(homes, "pin", lambda buffer: False)
+    with pytest.warns(fewbits.FewbitsWarning, match="pinned"):
+        spread = fewbits.load(build, tmp_path / "m.pt", "nf4", device_map={"": gpu, "[12]": "cpu"}, offload="stream")
+    whole = fewbits.load(build, tmp_path / "m.pt", "nf4", device_map=gpu)
+    x = torch.randn(3, 256, device=gpu)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(spread(x), whole(x))

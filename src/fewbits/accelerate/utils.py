@@ -14,7 +14,7 @@ from fewbits.config import QuantizationConfig, parse_dtype
 from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.inplace import quantize
 from fewbits.load import load
-from fewbits.plan import DeviceMap, MaxMemory, make_plan, planned_bytes, resolve_device
+from fewbits.plan import DeviceMap, MaxMemory
 
 __all__ = ["BnbQuantizationConfig", "load_and_quantize_model"]
 
@@ -109,10 +109,9 @@ def load_and_quantize_model(
             no ``weights_location`` it is quantized in place.
         bnb_quantization_config: not changed.
         weights_location: a state-dict file, an index, a folder, or a hub id.
-        device_map: see :func:`fewbits.load`; ``None`` means the first GPU with room, else the CPU.
-        no_split_module_classes: accepted; a model on one device is never split.
-        max_memory: bytes (or ``"10GiB"``) that may be used, by device.
-        offload_folder, offload_state_dict: accepted; nothing needs them, since tensors stream one by one.
+        device_map, no_split_module_classes, max_memory, offload_folder: see :func:`fewbits.load`; ``None`` for the
+            first means "auto".
+        offload_state_dict: accepted; nothing needs it, since tensors stream one by one.
 
     Raises:
         ConfigError, CheckpointError: see :func:`fewbits.load`.
@@ -124,10 +123,15 @@ def load_and_quantize_model(
                 "the model is on the meta device and no weights_location is given",
                 expected="a file, a folder or a hub id to load its weights from",
             )
-        device = resolve_device(device_map, planned_bytes(model, make_plan(model, config)), max_memory)
-        result = quantize(model, config, device_map=device)
+        result = quantize(
+            model, config, device_map=device_map or "auto", max_memory=max_memory, offload_folder=offload_folder,
+            no_split_module_classes=no_split_module_classes,
+        )  # fmt: skip
     else:
-        result = load(model, weights_location, config, device_map=device_map, max_memory=max_memory)
+        result = load(
+            model, weights_location, config, device_map=device_map, max_memory=max_memory,
+            offload_folder=offload_folder, no_split_module_classes=no_split_module_classes,
+        )  # fmt: skip
     # what PEFT and Trainer ask a model for
     result.is_loaded_in_4bit = bnb_quantization_config.load_in_4bit  # type: ignore[assignment]
     result.is_loaded_in_8bit = bnb_quantization_config.load_in_8bit  # type: ignore[assignment]

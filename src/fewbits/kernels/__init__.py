@@ -1,8 +1,9 @@
 """The operators: their schemas, fakes and gradients, and the one place that picks an implementation.
 
 An operator takes plain tensors only. What runs it is a backend, a namespace with a function of the operator's name;
-a backend need not have them all, since ``reference`` (plain torch, any device) stands behind each. The environment
-variable ``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
+a backend need not have them all, since ``reference`` (plain torch, any device) stands behind each. ``triton`` runs on
+GPUs where the package of that name works; it is imported when the first tensor on a GPU comes. The environment variable
+``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
 
 Shapes, dtypes and the arithmetic of every operator are in :mod:`fewbits.kernels.reference`.
 """
@@ -10,7 +11,10 @@ Shapes, dtypes and the arithmetic of every operator are in :mod:`fewbits.kernels
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,11 +22,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fewbits.errors import ConfigError
+from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.kernels import reference
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
-_PREFERRED: dict[str, str] = {}  # device type → backend; a device that is not listed runs the reference
+BACKENDS: dict[str, ModuleType] = {"reference": reference}  # those loaded; another joins them when it is first used
+_LOADED_LATER = {"triton": "fewbits.kernels.triton_backend"}  # each needs the package of its own name
+_PREFERRED = {"cuda": "triton", "xpu": "triton"}  # device type → backend; a device not listed runs the reference
 _forced: str | None = None
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -44,10 +49,21 @@ _SCHEMAS = {
 
 
 def force_backend(name: str | None) -> None:
-    """Run every operator on the named backend; ``None`` goes back to choosing by device."""
+    """Run every operator on the named backend; ``None`` goes back to choosing by device.
+
+    Raises:
+        ConfigError: there is no such backend, or the package that it needs is not installed.
+    """
     global _forced
     if name is not None and name not in BACKENDS:
-        raise ConfigError(f"unknown backend {name!r}", expected=f"one of {', '.join(sorted(BACKENDS))}")
+        if name not in _LOADED_LATER:
+            names = sorted(BACKENDS.keys() | _LOADED_LATER.keys())
+            raise ConfigError(f"unknown backend {name!r}", expected=f"one of {', '.join(names)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"the backend {name!r} was asked for, and the package {name} is not installed",
+                hint=f"pip install {name}",
+            )
     _forced = name
 
 
@@ -64,13 +80,49 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def backend_for(device_type: str) -> str:
     """Name of the backend that runs operators on this type of device now."""
-    return _forced or _PREFERRED.get(device_type, "reference")
+    return _forced or _preferred(device_type)
+
+
+@functools.cache
+def _preferred(device_type: str) -> str:
+    name = _PREFERRED.get(device_type)
+    if name is None or importlib.util.find_spec(name) is None:
+        return "reference"
+    try:
+        _load(name).check()
+    except Exception as error:  # a package that is there and does not work: Triton without a C compiler, for one
+        warnings.warn(
+            f"the backend {name!r} does not work here, the slower reference runs instead: {error}",
+            FewbitsWarning,
+            stacklevel=2,
+        )
+        return "reference"
+    return name
+
+
+def _load(name: str) -> ModuleType:
+    if name not in BACKENDS:
+        BACKENDS[name] = importlib.import_module(_LOADED_LATER[name])
+    return BACKENDS[name]
+
+
+def _implementation(op: str, device_type: str) -> Any:
+    name = backend_for(device_type)
+    module = BACKENDS.get(name) or _load(name)
+    device_types = getattr(module, "DEVICE_TYPES", None)
+    if device_types is not None and device_type not in device_types:
+        raise ConfigError(
+            f"the backend {name!r} is forced and cannot run on a tensor of the device type {device_type!r}",
+            expected=f"tensors on {' or '.join(device_types)}",
+            hint="unset FEWBITS_BACKEND, and each device gets its own (for tests, TRITON_INTERPRET=1 takes CPUs too)",
+        )
+    return getattr(module, op, None) or getattr(reference, op)
 
 
 def _dispatcher(op: str) -> Any:
     def call(first: Tensor, *args: Any) -> Any:
         device_type = first.device.type
-        implementation = getattr(BACKENDS[backend_for(device_type)], op, None) or getattr(reference, op)
+        implementation = _implementation(op, device_type)
         if torch.is_autocast_enabled(device_type):  # an operator's own precision is not autocast's to choose
             with torch.autocast(device_type, enabled=False):
                 return implementation(first, *args)
@@ -79,7 +131,7 @@ def _dispatcher(op: str) -> Any:
     return call
 
 
-_library: Any = torch.library.Library("fewbits", "DEF")  # type: ignore[no-untyped-call]  # torch leaves it untyped
+_library: Any = torch.library.Library("fewbits", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
     _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")

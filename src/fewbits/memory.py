@@ -1,0 +1,74 @@
+"""Host memory in mappings of its own: it goes back to the system when it is dropped, and can be pinned for a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_pinned: dict[int, int] = {}  # address → bytes: what is registered with the driver now
+_lock = threading.Lock()
+
+
+def host_buffer(nbytes: int) -> Tensor:
+    """Uninitialized bytes, uint8 [nbytes]; many in a mapping of their own.
+
+    From the heap, buffers that come and go between tensors that stay leave holes too small for the next. torch's own
+    pinned memory would besides be rounded up to a power of two, and kept.
+    """
+    if nbytes < 1 << 20 or not hasattr(mmap, "MAP_PRIVATE"):  # Windows' mappings are shared
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever device is the default here
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def writable_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor as a memoryview (without NumPy, which torch can do without)."""
+    buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return memoryview(buffer).cast("B")
+
+
+def pin(buffer: Tensor) -> bool:
+    """Pin a buffer of :func:`host_buffer` until :func:`unpin`, or until it is dropped. False where that fails."""
+    if not buffer.numel() or not torch.cuda.is_available():
+        return False
+    address, nbytes = buffer.data_ptr(), buffer.nbytes
+    try:
+        failed = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) != 0
+    except (RuntimeError, AttributeError):
+        failed = True
+    if failed:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.current_stream().synchronize()  # takes the error off, so that it is not raised by another call
+        return False
+    with _lock:
+        _pinned[address] = nbytes
+    weakref.finalize(buffer.untyped_storage(), _unregister, address)
+    return True
+
+
+def unpin(buffer: Tensor) -> None:
+    """Give the pinning back. What copies from the buffer must have ended."""
+    _unregister(buffer.data_ptr())
+
+
+def _unregister(address: int) -> None:
+    with _lock:
+        known = _pinned.pop(address, None)
+    if known is not None:
+        with contextlib.suppress(RuntimeError, AttributeError):  # at exit the driver may be gone
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def pinned_bytes() -> int:
+    """Bytes that are pinned now."""
+    with _lock:
+        return sum(_pinned.values())
