@@ -3,8 +3,9 @@
     PYTHONPATH=src:.peers python benchmarks/offload.py --folder FOLDER
     PYTHONPATH=src:.peers python benchmarks/offload.py --folder FOLDER --only link,fewbits-nf4,fewbits-nf4-disk
 
-The embeddings, the first half of the layers and the head are on the GPU, the last half on the CPU or, in rows that say
-so, on disk. Without a GPU it is a smaller model, and the last half is on disk instead of in memory.
+The embeddings, the head and every second layer are on the GPU, as fewbits' own plans spread them; the other layers are
+on the CPU or, in rows that say so, on disk. ``--last`` takes the last half instead. Without a GPU it is a smaller
+model, and half of it is on disk instead of in memory.
 
 Each row is a process of its own, which has loaded and run a tiny model with the same tool before anything is timed.
 Decoding is greedy, one sequence, after a prompt of 128 tokens, through ``generate`` and through a plain loop that keeps
@@ -48,7 +49,7 @@ class Row:
         title: its name in the table.
         load: None for the link.
         format: of the layers on the device.
-        off: where the last half of the layers is: "cpu", "disk", or None for where all others are.
+        off: where half of the layers is: "cpu", "disk", or None for where all others are.
         moved: the format in which offloaded layers are kept.
         needs: modules that it imports.
         on: the devices for which it is among the rows, unless rows are named.
@@ -164,16 +165,20 @@ ROWS: dict[str, Row] = {
 }
 
 
-def devices_for(size: str, device: str, off: str | None) -> Map:
-    """Where every part of the model is: the last half of the layers at ``off``, everything else on the device."""
+def devices_for(size: str, device: str, off: str | None, *, last: bool) -> Map:
+    """Where every part of the model is: half of the layers at ``off``, everything else on the device.
+
+    Every second layer, as fewbits' own plans spread them, or the ``last`` half.
+    """
     here: int | str = 0 if device != "cpu" else "cpu"
     layers = llama.SIZES[size]["num_hidden_layers"]
-    inner = {f"model.layers.{i}": here if off is None or i < layers // 2 else off for i in range(layers)}
+    away = range(layers // 2, layers) if last else range(1, layers, 2)
+    inner = {f"model.layers.{i}": off if off is not None and i in away else here for i in range(layers)}
     return {"model.embed_tokens": here, "model.rotary_emb": here, **inner, "model.norm": here, "lm_head": here}
 
 
 def moved_bytes(size: str, format: str) -> int:
-    """Bytes of the last half of the layers, with their norms in bf16."""
+    """Bytes of half of the layers, with their norms in bf16."""
     shape = llama.SIZES[size]
     hidden, middle, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
     kv = hidden // heads * shape["num_key_value_heads"]
@@ -267,6 +272,7 @@ def prefill(model: Any, prompt: Tensor, stop: float, device: str) -> list[float]
     return times
 
 
+@torch.no_grad()
 def measure(args: argparse.Namespace, device: str, report: llama.Report) -> None:
     row = ROWS[args.row]
     files = args.files / args.row
@@ -285,7 +291,7 @@ def measure(args: argparse.Namespace, device: str, report: llama.Report) -> None
 
     for part in ("small", "model"):
         (files / part).mkdir(parents=True)
-    warm = row.load(small, devices_for("small", device, row.off), str(files / "small"))
+    warm = row.load(small, devices_for("small", device, row.off, last=args.last), str(files / "small"))
     generate(warm, prompt, 3, args.stop, device)
     del warm
     llama.collect(device)
@@ -293,7 +299,7 @@ def measure(args: argparse.Namespace, device: str, report: llama.Report) -> None
     report.add(cached_gb_s=llama.read_once(folder))
     if row.off is not None:
         report.add(moved_bytes=moved_bytes(args.size, row.moved))
-    devices = devices_for(args.size, device, row.off)
+    devices = devices_for(args.size, device, row.off, last=args.last)
     with llama.Memory(device) as memory:
         began = time.perf_counter()
         model = row.load(folder, devices, str(files / "model"))
@@ -416,6 +422,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to decode")
     parser.add_argument("--prefill", type=int, help="tokens of the prefill; by default 4096 on a GPU, 256 without")
     parser.add_argument("--stop", type=float, default=20, help="seconds after which decoding or prefill is stopped")
+    parser.add_argument("--last", action="store_true", help="the last half of the layers instead of every second one")
     parser.add_argument("--files", type=Path, help=argparse.SUPPRESS)
     args = llama.parse(parser, ROWS, {"cuda": (440, 150), "cpu": (3600, 900)})
     args.prefill = args.prefill or (4096 if args.device == "cuda" else 256)
@@ -437,8 +444,8 @@ def main() -> None:
         files = tempfile.mkdtemp(dir=folder)  # what rows keep on disk, also that of a row that is stopped
         options = {name: getattr(args, name) for name in ("device", "size", "prompt", "tokens", "prefill", "stop")}
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        arguments += ["--folder", str(folder), "--files", files]
-        asked = {name: getattr(args, name) for name in ("prompt", "tokens", "prefill")}
+        arguments += ["--folder", str(folder), "--files", files, *(["--last"] if args.last else [])]
+        asked = {name: getattr(args, name) for name in ("prompt", "tokens", "prefill", "last")}
         result = llama.Result(target, {**llama.head(args.device, args.size), **asked})
         limits = args.seconds - (time.perf_counter() - began), args.row_seconds
         try:
