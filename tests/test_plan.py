@@ -18,7 +18,7 @@ from hypothesis import strategies as some
 from torch import nn
 
 import fewbits
-from fewbits import FewbitsError, Plan, init_empty_weights
+from fewbits import FewbitsError, FewbitsWarning, Plan, init_empty_weights
 from fewbits.config import as_config
 from fewbits.errors import CheckpointNotFoundError, ConfigError
 from fewbits.plan import STRATEGIES, budgets_of, make_plan, parse_bytes
@@ -546,6 +546,13 @@ def test_what_no_plan_can_be_made_of(tmp_path):
         fewbits.plan(GPT(), "nf5")
 
 
+def test_a_shared_weight_that_is_put_in_two_places_is_said():
+    with pytest.warns(FewbitsWarning, match=r"transformer.wte.weight on cuda:0, lm_head.weight on cpu"):
+        plan = plan_of(TiedGPT(), None, {"transformer": 0, "lm_head": "cpu"})
+    assert plan.devices["lm_head"] == "cuda:0"
+
+
+@pytest.mark.filterwarnings("ignore:device_map puts one shared weight in several places")
 def test_planning_touches_nothing(unchanged, tmp_path):
     model, maps = TiedGPT(), [{"transformer": 0, "lm_head": "disk"}, "auto", 3, {"": torch.device("cuda:1")}]
     memory = {0: "10KB", "cpu": "1MB"}
@@ -685,6 +692,7 @@ def test_blocks_are_found_and_classes_may_be_named():
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:device_map puts one shared weight in several places")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_what_shares_a_tensor_lies_on_one_device(strategy):
     class Shared(nn.Module):

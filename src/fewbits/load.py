@@ -112,11 +112,19 @@ def load_into(
         no_split_module_classes=no_split_module_classes,
     )  # fmt: skip
     check_devices(plan.devices.values())
+    on_disk = sum(plan.nbytes[name] for name, device in plan.devices.items() if device == "disk")
+    if on_disk and (device_map is None or isinstance(device_map, str)) and device_map != "disk":
+        warnings.warn(
+            f"{on_disk:,} of {plan.total:,} bytes fit neither on a GPU nor in memory: they are read from disk whenever "
+            "they are needed",
+            FewbitsWarning,
+            stacklevel=3,
+        )
     spread = Spread(
         empty, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
     )
     stream = _read(checkpoint, targets, storage, spread, progress)
-    with torch.no_grad(), _no_garbage_collection(), contextlib.closing(stream) as groups:
+    with torch.no_grad(), no_garbage_collection(), contextlib.closing(stream) as groups:
         heap = Heap()
         unsure: list[tuple[str, Source, Tensor]] = []  # scales, looked at last: each look waits for a GPU
         for group, tensors in groups:
@@ -143,7 +151,7 @@ def load_into(
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Generator[None, None, None]:
+def no_garbage_collection() -> Generator[None, None, None]:
     """Python's search for cycles is off: over the many objects of a large model one costs a fifth of a second."""
     enabled = gc.isenabled()
     gc.disable()

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import psutil
 import torch
 from torch import nn
 
-from fewbits.errors import ConfigError, FewbitsError
+from fewbits.errors import ConfigError, FewbitsError, FewbitsWarning
 from fewbits.partition import balance, balance_low_first, fill, pack
 from fewbits.storage import Owner, Storage, owners_of, stored_bytes
 from fewbits.structure import blocks_of, check_patterns, matches
@@ -495,6 +496,17 @@ def _from_mapping(
             expected="a device for every parameter",
             hint='add their modules, or {"": device} for all that is not named',
         )
+    for owners in owners_of(model):
+        told: dict[tuple[int, str], str] = {}  # by place: a shared module has one
+        for owner in owners:
+            if (device := device_of(owner.path)) is not None:
+                told.setdefault((id(owner.module), owner.name), f"{owner.path} on {device}")
+        if len({text.rpartition(" ")[2] for text in told.values()}) > 1:
+            warnings.warn(
+                f"device_map puts one shared weight in several places ({', '.join(told.values())}): the first counts",
+                FewbitsWarning,
+                stacklevel=5,
+            )
     splits = [units_of(model, storage, blocks, split=split) for split in ("", "modules", "parameters")]
     for units in sorted(splits, key=lambda units: units.keys() != given.keys()):  # a plan's own units stay as they are
         said = {name: set(map(device_of_any, unit.owners)) or {device_of(name)} for name, unit in units.items()}

@@ -95,15 +95,18 @@ class _Staging:
     """The two pinned buffers of a thread, and the copies that still read them."""
 
     def __init__(self, memory: Tensor) -> None:
-        self._free: deque[tuple[Tensor, torch.cuda.Event | None]] = deque((half, None) for half in memory.chunk(2))
+        # each with a view to read into, which takes longer to make than many a read
+        self._free: deque[tuple[Tensor, memoryview, torch.cuda.Event | None]] = deque(
+            (half, writable_view(half), None) for half in memory.chunk(2)
+        )
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def pass_on(self, job: _Job, at: int, size: int) -> torch.cuda.Event:
         """Read a piece and start its copy; the event ends it."""
-        half, busy = self._free[0]
+        half, view, busy = self._free[0]
         if busy is not None:
             busy.synchronize()
-        read_into(job.wanted[0][0], writable_view(half)[:size], at)
+        read_into(job.wanted[0][0], view[:size], at)
         stream = self._streams.get(job.device)
         if stream is None:
             stream = self._streams[job.device] = torch.cuda.Stream(job.device)
@@ -114,13 +117,13 @@ class _Staging:
             assert job.buffer is not None
             job.buffer[at : at + size].copy_(half[:size], non_blocking=True)
             event.record(stream)
-        self._free[0] = half, event
+        self._free[0] = half, view, event
         self._free.rotate(-1)
         return event
 
     def finish(self) -> None:
         """Wait for the copies."""
-        for _, busy in self._free:
+        for _, _, busy in self._free:
             if busy is not None:
                 busy.synchronize()
 

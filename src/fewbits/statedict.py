@@ -146,6 +146,10 @@ def stored_spec(group: Group, quant_state: Tensor | None) -> tuple[QuantSpec, li
     Raises:
         CheckpointError: the JSON is not what the format writes.
     """
+    return _parsed(group, quant_state)[:3]
+
+
+def _parsed(group: Group, quant_state: Tensor | None) -> tuple[QuantSpec, list[int], torch.dtype, float]:
     try:
         if quant_state is None or quant_state.dtype != torch.uint8 or quant_state.dim() != 1:
             raise ValueError("it is no row of bytes")
@@ -164,7 +168,7 @@ def stored_spec(group: Group, quant_state: Tensor | None) -> tuple[QuantSpec, li
             parameter=group.name,
             expected="JSON with quant_type, blocksize, dtype, shape [, nested_blocksize, nested_dtype, nested_offset]",
         ) from error
-    return spec, shape, dtype
+    return spec, shape, dtype, state["nested_offset"] if spec.double_quant else 0.0
 
 
 def decode(
@@ -195,13 +199,12 @@ def decode(
             )
         spec, shape = QuantSpec("int8", threshold=threshold), list(packed.shape)
     else:
-        spec, shape, dtype = stored_spec(group, tensors.get("quant_state"))
+        spec, shape, dtype, offset = _parsed(group, tensors.get("quant_state"))
         packed = packed.contiguous().view(-1).view(torch.uint8)  # quant_storage: the same bytes under another dtype
     inner: dict[str, Tensor | None] = {"packed": packed, "absmax": absmax}
     if spec.double_quant:
-        state = json.loads(bytes(tensors["quant_state"].cpu().tolist()))
         inner["nested_absmax"] = tensors["nested_absmax"]
-        inner["nested_offset"] = torch.full((), state["nested_offset"], dtype=torch.float32, device=packed.device)
+        inner["nested_offset"] = torch.full((), offset, dtype=torch.float32, device=packed.device)
     for table, values in (("quant_map", group.format), ("nested_quant_map", "dynamic")):
         if table in tensors and not torch.equal(tensors[table].cpu(), codebook(str(values), torch.device("cpu"))):
             raise CheckpointError(
