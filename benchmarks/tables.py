@@ -73,7 +73,70 @@ def linear() -> str:
     )
 
 
-TABLES = {"quality": quality, "gpt2_xl": gpt2_xl, "linear": linear}
+_TOOLS = {
+    "floor": "a plain read of the files",
+    "fewbits-nf4": "fewbits, nf4 with double quantization",
+    "fewbits-int8": "fewbits, int8",
+    "fewbits-reload": "fewbits, its own nf4 checkpoint",
+    "transformers-bf16": "transformers, bf16",
+    "transformers-nf4": "transformers + bitsandbytes, nf4 with double quantization",
+    "transformers-int8": "transformers + bitsandbytes, int8",
+    "accelerate-nf4": "Accelerate + bitsandbytes, nf4 with double quantization",
+    "accelerate-int8": "Accelerate + bitsandbytes, int8",
+    "fewbits-nf4-resident": "fewbits, nf4, all of it there",
+    "fewbits-int8-resident": "fewbits, int8, all of it there",
+    "fewbits-nf4-disk": "fewbits, nf4, half on disk",
+    "fewbits-int8-disk": "fewbits, int8, half on disk",
+    "transformers-bf16-resident": "transformers, bf16, all of it there",
+    "transformers-bf16-disk": "transformers + Accelerate, bf16, half on disk",
+}
+
+
+def load() -> str:
+    lines = []
+    for where, name in (("8.0 B, one H200", "load-cuda.json"), ("1.1 B, 2 CPU cores", "load-cpu.json")):
+        rows = _load(name)["rows"]
+        for tool, row in rows.items():
+            if tool not in _TOOLS or "seconds" not in row:
+                continue
+            size, seconds = row["checkpoint_bytes"], row["seconds"]
+            gpu = [row.get(f"gpu_{part}_bytes") for part in ("final", "peak")]
+            host = row.get("host_peak_bytes")
+            lines.append((
+                f"{_TOOLS[tool]} ({where})", f"{seconds:.2f}", f"{size / seconds / 1e9:.1f}",
+                f"{gpu[0] / GiB:.2f}" if gpu[0] is not None else "",
+                f"{(gpu[1] - gpu[0]) / GiB:.2f}" if gpu[0] is not None else "",
+                f"{host / GiB:.2f}" if host is not None else "",
+            ))  # fmt: skip
+    header = ("loading from cached files", "s", "GB/s of the files", "GPU, GiB", "its peak above", "host peak, GiB")
+    return _table(header, lines)
+
+
+def offload() -> str:
+    lines = []
+    for where, name in (("8.0 B, one H200", "offload-cuda.json"), ("1.1 B, 2 CPU cores", "offload-cpu.json")):
+        rows = _load(name)["rows"]
+        link = rows["link"]
+        for tool, row in rows.items():
+            rates = [row[way]["tokens_per_second"] for way in ("loop", "generate") if way in row]
+            if not rates:
+                continue
+            fast, moved = max(rates), row.get("moved_bytes")
+            limit = link.get("link_bytes_per_second") if name == "offload-cuda.json" else link["file_bytes_per_second"]
+            title = _TOOLS.get(tool, tool)
+            if name == "offload-cuda.json" and moved is not None:
+                title = _TOOLS.get(tool, tool.replace("-", ", ")).removesuffix(" with double quantization")
+                title += ", half on the CPU"
+            lines.append((
+                f"{title} ({where})", f"{fast:.1f}", f"{min(row['prefill_milliseconds']):.0f}",
+                "" if moved is None else f"{moved * fast / 1e9:.1f}",
+                "" if moved is None else f"{100 * moved * fast / limit:.0f} %",
+            ))  # fmt: skip
+    header = ("every second layer off the device", "tokens/s", "prefill, ms", "GB/s moved", "of the link or file")
+    return _table(header, lines)
+
+
+TABLES = {"quality": quality, "gpt2_xl": gpt2_xl, "linear": linear, "load": load, "offload": offload}
 
 
 def render(text: str) -> str:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+if torch.cuda.device_count() < 2:
+    collect_ignore.append("gpu/test_several.py")
 
 
 @pytest.fixture

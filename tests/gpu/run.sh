@@ -6,6 +6,6 @@ cd "$(dirname "$0")/../.."
 export PYTHONPATH=src:.peers PYTHONUNBUFFERED=1
 python3 - <<'PY'
 import bitsandbytes, torch, transformers
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "transformers", transformers.__version__, "bitsandbytes", bitsandbytes.__version__)
+print(torch.cuda.device_count(), "x", torch.cuda.get_device_name(), "torch", torch.__version__, "transformers", transformers.__version__, "bitsandbytes", bitsandbytes.__version__)
 PY
 python3 -m pytest -p no:cacheprovider -p no:benchmark --tb=short "$@"
