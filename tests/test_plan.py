@@ -20,8 +20,9 @@ from torch import nn
 import fewbits
 from fewbits import FewbitsError, FewbitsWarning, Plan, init_empty_weights
 from fewbits.config import as_config
+from fewbits.decide import STRATEGIES, make_plan
+from fewbits.devices import budgets_of, parse_bytes
 from fewbits.errors import CheckpointNotFoundError, ConfigError
-from fewbits.plan import STRATEGIES, budgets_of, make_plan, parse_bytes
 from fewbits.storage import choose_storage
 from models import GPT, GPTConfig, TiedGPT, random_transformers, tiny_transformers
 

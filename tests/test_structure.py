@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import fewbits
+from fewbits.decide import make_plan
+from fewbits.devices import parse_bytes
 from fewbits.errors import ConfigError
-from fewbits.plan import make_plan, parse_bytes
 from fewbits.storage import choose_storage
 from fewbits.structure import matches, output_heads
 from fewbits.tensor import QuantTensor

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError, ConfigError, FewbitsWarning
 from fewbits.files import StoredTensor, check_stamp, stamp
-from fewbits.memory import host_buffer, pin, writable_view
-from fewbits.plan import aligned
+from fewbits.memory import aligned, host_buffer, pin, writable_view
 
 _PIECE = 8 << 20  # bytes read at a time
 

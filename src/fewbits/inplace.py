@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.config import QuantizationConfig, as_config
+from fewbits.decide import make_plan
+from fewbits.devices import MaxMemory, check_devices
 from fewbits.errors import ConfigError
 from fewbits.hf import record_config
 from fewbits.modules import quantize_parameter
 from fewbits.place import Heap, bar, check_values, put
-from fewbits.plan import DeviceMap, MaxMemory, check_devices, make_plan
+from fewbits.plan import DeviceMap
 from fewbits.spread import Spread
 from fewbits.storage import choose_storage, owners_of
 from fewbits.tensor import QuantTensor

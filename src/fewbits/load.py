@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, open_checkpoint
 from fewbits.config import QuantizationConfig, as_config
+from fewbits.decide import make_plan
+from fewbits.devices import MaxMemory, check_devices
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
 from fewbits.hf import record_config, renaming
 from fewbits.match import Source, Target, ignored_by, match
 from fewbits.meta import empty_copy
 from fewbits.modules import quantize_parameter, stores_transposed
 from fewbits.place import Heap, bar, check_values
-from fewbits.plan import DeviceMap, MaxMemory, check_devices, make_plan
+from fewbits.plan import DeviceMap
 from fewbits.spread import CPU, Spread
 from fewbits.statedict import decode
 from fewbits.storage import Storage, choose_storage

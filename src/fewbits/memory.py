@@ -11,8 +11,14 @@ import weakref
 import torch
 from torch import Tensor
 
+ALIGN = 256  # bytes: where each tensor begins in a unit's buffer (as CUDA's own allocations do)
 _pinned: dict[int, int] = {}  # address → bytes: what is registered with the driver now
 _lock = threading.Lock()
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes in a buffer of a unit."""
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 def host_buffer(nbytes: int) -> Tensor:

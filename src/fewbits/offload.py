@@ -30,8 +30,7 @@ from torch.utils._pytree import tree_map
 
 from fewbits.errors import UnsupportedError
 from fewbits.homes import Extent, joined, read
-from fewbits.memory import host_buffer, pin
-from fewbits.plan import aligned
+from fewbits.memory import aligned, host_buffer, pin
 from fewbits.tensor import QuantTensor
 
 _READERS = 8

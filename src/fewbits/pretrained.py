@@ -8,9 +8,10 @@ from typing import Any
 
 from fewbits.checkpoint import local_path
 from fewbits.config import QuantizationConfig, as_config
+from fewbits.devices import MaxMemory
 from fewbits.hf import build_empty, read_config, recorded_settings
 from fewbits.load import load_into, no_garbage_collection
-from fewbits.plan import DeviceMap, MaxMemory
+from fewbits.plan import DeviceMap
 
 
 def from_pretrained(

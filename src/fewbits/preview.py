@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from fewbits.config import QuantizationConfig, as_config
+from fewbits.decide import make_plan
+from fewbits.devices import MaxMemory
 from fewbits.errors import ConfigError
 from fewbits.hf import build_empty, read_config, recorded_settings, transformers_config
 from fewbits.meta import empty_copy
-from fewbits.plan import DeviceMap, MaxMemory, Plan, make_plan
+from fewbits.plan import DeviceMap, Plan
 from fewbits.storage import choose_storage
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.atomic import replacing
+from fewbits.devices import parse_bytes
 from fewbits.errors import FewbitsWarning, SaveError
 from fewbits.files import SAFETENSORS_DTYPES
 from fewbits.hf import bitsandbytes_config, is_transformers_model, mixes_formats
 from fewbits.memory import writable_view
 from fewbits.place import bar
-from fewbits.plan import parse_bytes
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _BLOB = re.compile(r"\.quant_state\.bitsandbytes__\w+$")

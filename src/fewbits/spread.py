@@ -14,9 +14,10 @@ from fewbits.checkpoint import Checkpoint
 from fewbits.hf import is_transformers_model
 from fewbits.homes import CheckpointHome, Extent, FileHome, MemoryHome, can_be_home
 from fewbits.match import Source
+from fewbits.memory import aligned
 from fewbits.offload import Entry, FetchedUnit, Offload, PlacedForward, Unmovable, computes_faster
 from fewbits.place import put
-from fewbits.plan import Plan, aligned
+from fewbits.plan import Plan
 from fewbits.storage import Owner, Storage, inner_layout, owners_of
 from fewbits.structure import blocks_of
 from fewbits.tensor import QuantTensor

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import GPT, GPTConfig, random_transformers
 
 import fewbits
 from fewbits.offload import devices_of
+from models import GPT, GPTConfig, random_transformers
 
 SETTINGS = ({"config": None}, {"config": "nf4", "double_quant": True}, {"config": "int8"})
 

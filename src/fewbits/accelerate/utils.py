@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from fewbits.config import QuantizationConfig, parse_dtype
+from fewbits.devices import MaxMemory
 from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.inplace import quantize
 from fewbits.load import load
-from fewbits.plan import DeviceMap, MaxMemory
+from fewbits.plan import DeviceMap
 
 __all__ = ["BnbQuantizationConfig", "load_and_quantize_model"]
 
