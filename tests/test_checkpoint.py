@@ -767,3 +767,14 @@ def test_a_layer_that_fits_many_prefixes_is_none_of_them(tmp_path):
             fewbits.load(nn.Linear(4, 4), tmp_path)
     assert "0.weight" in str(error.value)
     assert "1.weight" in str(error.value)
+
+
+def test_the_progress_bar(tmp_path, capsys):
+    """Bytes, their rate and the file, where it is asked for; nothing where stderr is no terminal."""
+    st.save_file({"weight": torch.randn(512, 512), "bias": torch.randn(512)}, tmp_path / "model.safetensors")
+    fewbits.load(lambda: nn.Linear(512, 512), tmp_path, "nf4", skip_modules=[], device_map="cpu")
+    assert not capsys.readouterr().err
+    fewbits.load(lambda: nn.Linear(512, 512), tmp_path, "nf4", skip_modules=[], device_map="cpu", progress=True)
+    shown = capsys.readouterr().err
+    for part in ("loading", "100%", "1.05M", "B/s", "model.safetensors"):
+        assert part in shown

@@ -69,3 +69,22 @@ def test_bad_input_is_one_message(tmp_path):
         assert said.startswith("error: ")
         assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_says_what_fits_where(quantized, tmp_path):
+    code, said = _run("plan", MODEL, "--format", "nf4", "--max-memory", "0=6MB", "--max-memory", "cpu=8MB",
+                      "--save", tmp_path / "plan.json")  # fmt: skip
+    assert code == 0, said
+    plan = fewbits.plan(MODEL, "nf4", max_memory={0: "6MB", "cpu": "8MB"})
+    assert fewbits.Plan.load(tmp_path / "plan.json").devices == plan.devices
+    assert {"cuda:0", "cpu"} <= set(plan.devices.values())
+    assert f"{plan.total:,}" in said
+    code, said = _run("plan", quantized)  # which says itself what it is
+    assert code == 0
+    assert f"{fewbits.plan(MODEL, 'nf4', double_quant=True).total:,}" in said
+
+
+def test_generating_from_disk(quantized):
+    from_memory = _run("generate", quantized, "The film was ", "--max-new-tokens", 4, "--device", "cpu")
+    assert from_memory[0] == 0
+    assert _run("generate", quantized, "The film was ", "--max-new-tokens", 4, "--device", "disk") == from_memory

@@ -589,11 +589,12 @@ model = fewbits.from_pretrained(
     path, "nf4", double_quant=True, progress=False, device_map={"": "disk"} if disk else "cpu"
 )
 print(model.generate(ids, max_new_tokens=3, do_sample=False).tolist())
+fewbits.save(model, sys.argv[5])
 """
 
 
-def _limited(path: Path, small: Path, budget: int, place: str) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-c", LIMITED, str(path), str(budget), place, str(small)]
+def _limited(path: Path, small: Path, budget: int, place: str, out: Path) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-c", LIMITED, str(path), str(budget), place, str(small), str(out)]
     # glibc shall give back what torch frees instead of keeping up to 150 MB of it for the next temporary
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
     return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300, env=environment)
@@ -601,7 +602,7 @@ def _limited(path: Path, small: Path, budget: int, place: str) -> subprocess.Com
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_model_larger_than_the_limit_on_memory(folder, tmp_path):
-    """The process may take less than the model's size; from disk it writes the right text, in memory it cannot."""
+    """The process may take less than the model's size: from disk it writes the right text and saves, in memory not."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -615,10 +616,13 @@ def test_a_model_larger_than_the_limit_on_memory(folder, tmp_path):
     size = fewbits.summary(whole).total.nbytes
     expected = whole.generate(torch.arange(2, 8)[None], max_new_tokens=3, do_sample=False).tolist()
     budget = size * 3 // 4
-    done = _limited(tmp_path / "big", folder("llama"), budget, "disk")
+    done = _limited(tmp_path / "big", folder("llama"), budget, "disk", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(expected)
-    assert _limited(tmp_path / "big", folder("llama"), budget, "cpu").returncode == 137
+    fewbits.save(whole, tmp_path / "whole")
+    saved = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert saved[0] == saved[1]
+    assert _limited(tmp_path / "big", folder("llama"), budget, "cpu", tmp_path / "none").returncode == 137
 
 
 # ------------------------------------------------------------------------------------------------- the parts

@@ -20,6 +20,9 @@ app = typer.Typer(help="Load, quantize and save PyTorch models in 8 or 4 bits.",
 console = Console()
 Source = Annotated[str, typer.Argument(help="A folder with config.json and weights, or a Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda:0", …')]
+Budgets = Annotated[
+    list[str] | None, typer.Option(help='A budget, such as "0=24GiB", "cpu=64GiB", "disk=1TB"; may be repeated.')
+]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a hub id.")]
 
 
@@ -51,6 +54,7 @@ def quantize(
     skip: Annotated[list[str] | None, typer.Option(help="A module not to quantize; may be repeated.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "10GB",
     device: Device = "auto",
+    max_memory: Budgets = None,
     revision: Revision = None,
 ) -> None:
     """Quantize a transformers model and save it, so that fewbits and transformers with bitsandbytes load it."""
@@ -60,7 +64,9 @@ def quantize(
             "double_quant": double_quant,
             "skip_modules": skip or None,
         }
-        model = fewbits.from_pretrained(source, format.value, device_map=device, revision=revision, **settings)
+        model = fewbits.from_pretrained(
+            source, format.value, device_map=device, max_memory=_budgets(max_memory), revision=revision, **settings
+        )
         fewbits.save(model, target, max_shard_size=max_shard_size)
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
             if (Path(source) / name).is_file() and not (target / name).exists():
@@ -79,28 +85,29 @@ def plan(
     device_map: Annotated[
         str, typer.Option(help='"auto", "balanced", "balanced_low_0", "sequential", "cpu", …')
     ] = "auto",
-    max_memory: Annotated[
-        list[str] | None, typer.Option(help='A budget, such as "0=24GiB", "cpu=64GiB", "disk=1TB"; may be repeated.')
-    ] = None,
+    max_memory: Budgets = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
 ) -> None:
     """Show whether a transformers model will fit, where its parts will lie, and how many bytes they take."""
     with _said_plainly():
-        budgets: dict[int | str, int | str] | None = dict(_budget(text) for text in max_memory) if max_memory else None
         settings: dict[str, Any] = {"double_quant": True} if double_quant else {}
         found = fewbits.plan(
-            source, format.value if format else None, device_map=device_map, max_memory=budgets, **settings
+            source, format.value if format else None, device_map=device_map, max_memory=_budgets(max_memory), **settings
         )
         console.print(str(found), markup=False, highlight=False, soft_wrap=True)
         if save is not None:
             found.save(save)
 
 
-def _budget(text: str) -> tuple[str, str]:
-    device, equals, size = text.partition("=")
-    if not equals:
-        raise ConfigError(f"max_memory is {text!r}", expected='a device and bytes, such as "0=24GiB"')
-    return device, size
+def _budgets(texts: list[str] | None) -> dict[int | str, int | str] | None:
+    """``max_memory`` from options like "0=24GiB"; ``None`` for none."""
+    found: dict[int | str, int | str] = {}
+    for text in texts or ():
+        device, equals, size = text.partition("=")
+        if not equals:
+            raise ConfigError(f"max_memory is {text!r}", expected='a device and bytes, such as "0=24GiB"')
+        found[device] = size
+    return found or None
 
 
 @app.command()
@@ -139,6 +146,7 @@ def generate(
     format: Annotated[FormatName | None, typer.Option(help="What to quantize to; what it is by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 50,
     device: Device = "auto",
+    max_memory: Budgets = None,
     revision: Revision = None,
 ) -> None:
     """Load a transformers model, quantized if asked, and let it write."""
@@ -146,7 +154,9 @@ def generate(
         from fewbits.checkpoint import local_path
 
         path = local_path(source, revision=revision)
-        model = fewbits.from_pretrained(path, format.value if format else None, device_map=device)
+        model = fewbits.from_pretrained(
+            path, format.value if format else None, device_map=device, max_memory=_budgets(max_memory)
+        )
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(path if path.is_dir() else path.parent)
