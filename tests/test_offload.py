@@ -586,7 +586,7 @@ warm = fewbits.from_pretrained(sys.argv[4], "nf4", device_map={"": "disk"}, prog
 warm.generate(ids, max_new_tokens=2, do_sample=False)
 threading.Thread(target=enforce, args=(anonymous() + budget,), daemon=True).start()
 model = fewbits.from_pretrained(
-    path, "nf4", double_quant=True, progress=False, device_map={"": "disk"} if disk else "cpu"
+    path, "nf4", progress=False, device_map={"": "disk"} if disk else "cpu"
 )
 print(model.generate(ids, max_new_tokens=3, do_sample=False).tolist())
 fewbits.save(model, sys.argv[5])
@@ -612,7 +612,7 @@ def test_a_model_larger_than_the_limit_on_memory(folder, tmp_path):
     torch.manual_seed(3)
     big = transformers.LlamaForCausalLM(config).eval()
     big.save_pretrained(tmp_path / "big")
-    whole = fewbits.from_pretrained(tmp_path / "big", "nf4", double_quant=True, device_map="cpu")
+    whole = fewbits.from_pretrained(tmp_path / "big", "nf4", device_map="cpu")
     size = fewbits.summary(whole).total.nbytes
     expected = whole.generate(torch.arange(2, 8)[None], max_new_tokens=3, do_sample=False).tolist()
     budget = size * 3 // 4
