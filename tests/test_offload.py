@@ -21,12 +21,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewbits
-from fewbits import FewbitsWarning, offload
+from fewbits import FewbitsWarning, init_empty_weights, offload
+from fewbits.config import as_config
+from fewbits.decide import make_plan
 from fewbits.errors import CheckpointError, ConfigError, UnsupportedError
 from fewbits.homes import Extent, FileHome, joined
+from fewbits.modules import quantize_parameter
 from fewbits.offload import Offload, PlacedForward, devices_of, is_offloaded
+from fewbits.spread import Spread
+from fewbits.storage import choose_storage, owners_of
 from models import GPT, GPTConfig, TiedGPT, random_transformers, same_tensors
 
 MODELS = ("llama", "llama-tied", "gpt2", "opt")
@@ -157,6 +163,62 @@ def test_quantizing_in_place_spreads_as_well(device, tmp_path):
     ids = ids_for(device)
     with torch.no_grad():
         assert torch.equal(spread(ids), whole(ids))
+
+
+class Residual(nn.Module):
+    """Token and position embeddings added, residual blocks, a norm and a head, which may be tied."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(50, 64), nn.Embedding(9, 64)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(7)
+        )
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 50, bias=False)
+        self.register_buffer("order", torch.arange(9))
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.positions(self.order)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("format", [None, "nf4", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_operands_meet_on_one_device(tied, format):
+    """Over GPUs that are not there: tensors without data, which all the same refuse to meet on different devices."""
+    half = make_plan(Residual(tied), choose_storage(Residual(tied), as_config(format)), "cpu").total // 2 + 20_000
+    maps = [
+        *(
+            (strategy, dict.fromkeys(range(3), half))
+            for strategy in ("balanced", "balanced_low_0", "sequential", "auto")
+        ),
+        ({"": 0, "blocks.[3-6]": 1, "head": 1, "norm": "cuda:1"} if not tied else {"": 0, "blocks.[3-6]": 1}, None),
+        ({"": 1, "blocks.[246]": 0, "norm": 2}, None),
+    ]
+    for device_map, max_memory in maps:
+        with init_empty_weights():
+            model = Residual(tied)
+        storage = choose_storage(model, as_config(format))
+        plan = make_plan(model, storage, device_map, max_memory=max_memory)
+        assert len(set(plan.devices.values())) > 1
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            spread = Spread(model, storage, plan)
+            for owner, *others in owners_of(model):
+                kept, parameter = storage[owner.path], owner.module._parameters[owner.name]
+                device = spread.works_on(owner.path, ready=kept.spec is None)
+                value = torch.empty(parameter.shape, device=device)
+                if kept.spec is not None:
+                    value = quantize_parameter(owner.module, owner.name, value, kept.spec, known_finite=True)
+                spread.put([owner, *others], value, requires_grad=False)
+            spread.finish()
+            assert {str(p.device) for p in model.parameters()} == set(plan.devices.values())
+            for device in ("cpu", "cuda:0", "cuda:2"):
+                out = model(torch.zeros(2, 9, dtype=torch.long, device=device))
+                assert (str(out.device), out.shape) == (device, (2, 9, 50))
 
 
 # ------------------------------------------------------------------------------------------------- ways to call
@@ -509,6 +571,14 @@ def test_a_folder_that_cannot_serve(device, folder, tmp_path):
             fewbits.from_pretrained(path, "nf4", device_map={"": device, "model.layers": "disk"}, offload_folder=bad)
         assert "offload_folder" in str(caught.value)
     assert taken.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_serve_leaves_a_model_in_memory_as_it_is(device, tmp_path, unchanged):
+    model = GPT()
+    (tmp_path / "file").write_text("mine")
+    given = {"": "cpu", "transformer.h.1": "disk"}
+    with unchanged(model, tmp_path), pytest.raises(ConfigError, match="offloaded to disk"):
+        fewbits.quantize(model, "nf4", device_map=given, offload_folder=tmp_path / "file")
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room is made sure of with posix_fallocate")

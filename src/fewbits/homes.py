@@ -79,6 +79,9 @@ class HomeFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of ``data``."""
+        if not hasattr(os, "pwrite"):  # Windows
+            writable_view(self.memory[offset : offset + len(data)])[:] = data
+            return
         while data:
             count = os.pwrite(self._descriptor, data, offset)
             offset, data = offset + count, data[count:]
@@ -99,9 +102,9 @@ class HomeFile:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        if not self._shared and self.memory._version != self._version:  # changed in this process: the file has not
-            writable = extent.memory[start : start + len(out)].contiguous()
-            out[:] = writable_view(writable)
+        changed_here = not self._shared and self.memory._version != self._version  # which the file does not show
+        if changed_here or not hasattr(os, "preadv"):
+            out[:] = writable_view(extent.memory[start : start + len(out)])
             return
         done = 0
         try:

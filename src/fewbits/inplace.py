@@ -72,6 +72,8 @@ def quantize(
                 raise ConfigError("the parameter has no values", parameter=owners[0].path, hint="use fewbits.load")
             if not isinstance(p, QuantTensor):
                 check_values(p, storage[owners[0].path], owners[0].path)
+        if spread is not None:
+            spread.reserve()
         heap = Heap()
         total = sum(p.nbytes for p in model.parameters())
         with bar(total, progress, "quantizing") as shown:

@@ -105,6 +105,15 @@ class Spread:
         self._first = {owner.path: owners[0].path for owners in groups for owner in owners}
         self._at_checkpoint: set[str] = set()
 
+    def reserve(self) -> None:
+        """Make sure of the room on disk before anything is changed.
+
+        Raises:
+            ConfigError: the folder cannot serve.
+        """
+        if "disk" in self.devices.values():
+            self._spill_file()
+
     # --------------------------------------------------------------------------------------------- loading
 
     def works_on(self, path: str, *, ready: bool) -> torch.device:
@@ -190,6 +199,9 @@ class Spread:
             return self.model
         self._choose_computing()
         _move_buffers(self.model, self._buffer_device)
+        # A transformers model that names what not to split takes hidden states on whatever device they come. In any
+        # other a block's result may be added to its input outside of the block: it goes back to where that is.
+        follows = bool(getattr(self.model, "_no_split_modules", None))
         several = len({runs.gpu for runs in self._runs.values() if runs.gpu != CPU}) > 1
         fetching = [
             FetchedUnit(runs.name, runs.device, runs.entries, _inside(runs, self._runs))
@@ -201,7 +213,9 @@ class Spread:
         for runs in self._runs.values():
             unit = units.get(runs.name)
             if unit is not None or several or runs.device != self.main:
-                returns = runs.gpu if runs.device != runs.gpu else None
+                returns: torch.device | str | None = runs.gpu if runs.device != runs.gpu else None
+                if several and not follows:
+                    returns = "caller"
                 forward = PlacedForward(runs.module, runs.device, offload, unit, returns=returns)
                 runs.module.forward = forward  # on this instance alone
         if self.main != CPU:
