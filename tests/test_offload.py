@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -423,6 +424,10 @@ def test_state_dict_and_saving(device, folder, tmp_path):
         assert same_tensors({k: v.cpu() for k, v in spread.state_dict().items()}, on_cpu)
         with torch.no_grad():
             spread(ids_for(device))
+        torch.save(spread.state_dict(), tmp_path / "saved.pt")
+        assert same_tensors(torch.load(tmp_path / "saved.pt"), on_cpu)
+        save_file(spread.state_dict(), tmp_path / "saved.safetensors")
+        assert same_tensors(load_file(tmp_path / "saved.safetensors"), on_cpu)
         fewbits.save(whole, tmp_path / "whole")
         fewbits.save(spread, tmp_path / "spread")
         for file in ("model.safetensors", "config.json"):
@@ -472,6 +477,66 @@ def test_a_checkpoint_that_is_written_to_is_noticed(device, folder, tmp_path):
         with pytest.raises(CheckpointError, match="replaced or cut off") as caught:
             spread(ids)
         assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["data", "copy_", "a view of the state dict"])
+def test_one_quantized_weight_changed_in_a_checkpoint(what, device, folder, tmp_path):
+    """No other write may tell of it."""
+    fewbits.save(fewbits.from_pretrained(folder("llama"), "nf4", device_map="cpu"), tmp_path / "saved")
+    whole, spread = pair(
+        tmp_path / "saved", device, {"": device, "model.layers": "disk", "lm_head": "disk"}, config=None
+    )
+    ids = ids_for(device)
+    with torch.no_grad():
+        before = spread(ids).logits
+        for model in (whole, spread):
+            weight = model.model.layers[1].mlp.up_proj.weight
+            if what == "data":
+                weight.data += 0.1 * torch.ones(weight.shape, device=weight.device)
+            elif what == "copy_":
+                weight.copy_(weight.dequantize() * 2)
+            else:
+                model.state_dict()["model.layers.1.mlp.up_proj.weight"].fill_(0x35)
+        expected = whole(ids).logits
+        assert not torch.equal(before, expected)
+        for _ in range(2):
+            assert torch.equal(spread(ids).logits, expected)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["the model", "a block"])
+def test_what_is_changed_while_a_slot_holds_it(alone, device, tmp_path):
+    """With no more than two blocks off the device nothing has to be fetched twice, but for what was written to."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(
+            *(nn.Sequential(nn.Linear(600, 600), nn.LayerNorm(600), nn.Linear(600, 600)) for _ in range(2))
+        )
+
+    torch.save(build().state_dict(), tmp_path / "m.pt")
+    settings = {"overrides": {"0.0": "nf4", "1.0": "int8"}}  # the others stay plain, of more than a MiB
+    x = torch.randn(3, 600, device=device)
+    for place in away(device):
+        whole = fewbits.load(build, tmp_path / "m.pt", device_map=device, **settings)
+        spread = fewbits.load(
+            build, tmp_path / "m.pt", device_map={"": device, "*": place}, offload="stream", **settings
+        )
+        call = (lambda model: model[0](x)) if alone else (lambda model: model(x))
+        changes = [
+            lambda model: model[0][1].weight.data.mul_(2),  # small and plain, without a trace
+            lambda model: model[0][2].weight.data.add_(1),  # large
+            lambda model: model[0][0].weight.data.mul_(2),
+            lambda model: model[0][0].weight.copy_(torch.ones(600, 600)),
+            lambda model: model[0][0].bias.zero_(),
+        ]
+        with torch.no_grad():
+            assert torch.equal(call(spread), call(whole))
+            for change in changes:
+                before = call(whole)
+                for model in (whole, spread):
+                    change(model)
+                assert not torch.equal(call(whole), before)
+                for _ in range(2):
+                    assert torch.equal(call(spread), call(whole))
 
 
 @pytest.mark.parametrize("own_file", [True, False], ids=["offload file", "checkpoint"])
@@ -702,7 +767,8 @@ def test_extents_are_joined_where_both_sides_follow():
     memory = torch.arange(4096, dtype=torch.uint8)
     other = torch.zeros(100, dtype=torch.uint8)
     extents = [
-        Extent(256, memory[256:300]), Extent(0, memory[0:100]), Extent(512, memory[700:800]), Extent(1024, other),
+        Extent(256, memory[256:300], memory), Extent(0, memory[0:100], memory), Extent(512, memory[700:800], memory),
+        Extent(1024, other, other),
     ]  # fmt: skip
     found = joined(extents)
     assert [(e.at, e.memory.numel()) for e in found] == [(0, 300), (512, 100), (1024, 100)]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError, ConfigError, FewbitsWarning
 from fewbits.files import StoredTensor, check_stamp, stamp
-from fewbits.memory import aligned, host_buffer, pin, writable_view
+from fewbits.memory import Mapping, aligned, pin, was_written, writable_view
 
 _PIECE = 8 << 20  # bytes read at a time
 
@@ -33,6 +33,7 @@ class Extent:
     Attributes:
         at: offset in the buffer.
         memory: uint8 view of them.
+        home: the tensor there.
         file: of which they are a part, or ``None``.
         offset: there.
         mapped: whether to read it through the mapping: what is written to a plain tensor's ``data`` leaves no other
@@ -41,25 +42,46 @@ class Extent:
 
     at: int
     memory: Tensor
+    home: Tensor
     file: HomeFile | None = None
     offset: int = 0
     mapped: bool = False
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", self.home._version)
+
+    def changed_here(self) -> bool:
+        """Whether the tensor was written to by this process, which a checkpoint's file does not show."""
+        return self.home._version != self.version or was_written(self.home)
 
 
 def joined(extents: Sequence[Extent]) -> list[Extent]:
-    """The same extents, those that follow one another both at home and in the buffer as one."""
+    """The same extents, those that follow one another both at home and in the buffer as one.
+
+    Those of a checkpoint stay apart: which of them was written to here counts for each.
+    """
     found: list[Extent] = []
     for extent in sorted(extents, key=lambda e: e.at):
         last = found[-1] if found else None
-        if last is not None and last.memory.untyped_storage().data_ptr() == extent.memory.untyped_storage().data_ptr():
+        private = extent.file is not None and not extent.file.shared
+        if (
+            last is not None
+            and not private
+            and last.memory.untyped_storage().data_ptr() == extent.memory.untyped_storage().data_ptr()
+        ):
             gap = extent.at - (last.at + last.memory.numel())
             apart = extent.memory.storage_offset() - (last.memory.storage_offset() + last.memory.numel())
-            if 0 <= gap == apart < 4096 and extent.mapped == last.mapped:
+            if 0 <= gap == apart < 4096:
                 size = extent.at + extent.memory.numel() - last.at
                 found[-1] = replace(last, memory=last.memory.as_strided((size,), (1,)))
                 continue
         found.append(extent)
     return found
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class HomeFile:
@@ -68,10 +90,9 @@ class HomeFile:
     def __init__(self, descriptor: int, path: Path, *, shared: bool) -> None:
         """``shared``: what is written to the mapping is written to the file; else it stays with this process."""
         self.path, self._descriptor = path, descriptor
-        self._shared, self._stamp = shared, stamp(descriptor)
-        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY)
-        self.memory = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._version = self.memory._version
+        self.shared, self._stamp = shared, stamp(descriptor)
+        self.mapping = Mapping(mmap.mmap(descriptor, 0, access=mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY))
+        self.memory = self.mapping.memory
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -92,7 +113,7 @@ class HomeFile:
         Raises:
             CheckpointError: it was written to or cut off.
         """
-        if self._shared:
+        if self.shared:
             return  # ours alone, and without a name
         check_stamp(self.path, self._descriptor, self._stamp)
 
@@ -102,8 +123,7 @@ class HomeFile:
         Raises:
             CheckpointError: the file cannot be read.
         """
-        changed_here = not self._shared and self.memory._version != self._version  # which the file does not show
-        if changed_here or not hasattr(os, "preadv"):
+        if (not self.shared and extent.changed_here()) or not hasattr(os, "preadv"):
             out[:] = writable_view(extent.memory[start : start + len(out)])
             return
         done = 0
@@ -123,7 +143,8 @@ class MemoryHome:
     """Host memory for one unit, pinned where there is a GPU that it streams to."""
 
     def __init__(self, nbytes: int, *, pinned: bool) -> None:
-        self.buffer, self._used = host_buffer(max(nbytes, 1)), 0
+        self._mapping, self._used = Mapping.anonymous(max(nbytes, 1)), 0
+        self.buffer = self._mapping.memory
         self.pinned = pinned and pin(self.buffer)
         if pinned and not self.pinned:
             warnings.warn(
@@ -136,10 +157,10 @@ class MemoryHome:
     def keep(self, tensor: Tensor, at: int) -> tuple[Tensor, Extent]:
         """Copy a tensor here: its home, and where that is; ``at`` is its place in the unit's buffer."""
         memory = self.buffer[self._used : self._used + tensor.nbytes]
+        home = self._mapping.tensor(self._used, tensor.dtype, tensor.shape)
         self._used += aligned(tensor.nbytes)
-        home = memory.view(tensor.dtype).view(tensor.shape)
         home.copy_(tensor)
-        return home, Extent(at, memory)
+        return home, Extent(at, memory, home)
 
 
 class FileHome:
@@ -176,8 +197,8 @@ class FileHome:
             self.file.write(offset, writable_view(data) if data.nbytes else memoryview(b""))
         except OSError as error:
             raise ConfigError(f"cannot be written: {error.strerror or error}", file=self.folder) from error
-        memory = self.file.memory[offset : offset + data.nbytes]
-        return memory.view(data.dtype).view(data.shape), Extent(at, memory, self.file, offset)
+        home = self.file.mapping.tensor(offset, data.dtype, data.shape)
+        return home, Extent(at, self.file.memory[offset : offset + data.nbytes], home, self.file, offset)
 
 
 class CheckpointHome:
@@ -200,16 +221,15 @@ class CheckpointHome:
                 raise CheckpointError(f"cannot be read: {error.strerror or error}", file=stored.file) from error
             file = self._files[stored.file] = HomeFile(descriptor, stored.file, shared=False)
             check_stamp(stored.file, descriptor, stored.stamp or ())
-        memory = file.memory[stored.offset : stored.offset + stored.nbytes]
-        return memory.view(stored.dtype).view(stored.shape)
+        return file.mapping.tensor(stored.offset, stored.dtype, stored.shape)
 
     def extent(self, tensor: Tensor, at: int, *, mapped: bool) -> Extent:
         """Where a tensor lies that is a view of a mapped one; one that is not is kept in memory."""
-        flat = tensor.reshape(-1).view(torch.uint8)
         for file in self._files.values():
-            if file.memory.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr():
-                return Extent(at, flat, file, int(flat.storage_offset()), mapped)
-        return Extent(at, flat)
+            offset = tensor.data_ptr() - file.memory.data_ptr()
+            if 0 <= offset < file.memory.numel():
+                return Extent(at, file.memory[offset : offset + tensor.nbytes], tensor, file, offset, mapped)
+        return Extent(at, tensor.reshape(-1).view(torch.uint8), tensor)
 
 
 def can_be_home(stored: StoredTensor) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import threading
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 ALIGN = 256  # bytes: where each tensor begins in a unit's buffer (as CUDA's own allocations do)
 _pinned: dict[int, int] = {}  # address → bytes: what is registered with the driver now
 _lock = threading.Lock()
+_written: set[int] = set()  # addresses of storages
+_writes = 0
 
 
 def aligned(nbytes: int) -> int:
@@ -29,11 +33,55 @@ def host_buffer(nbytes: int) -> Tensor:
     """
     if nbytes < 1 << 20 or not hasattr(mmap, "MAP_PRIVATE"):  # Windows' mappings are shared
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")  # whatever device is the default here
-    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)
+    return Mapping.anonymous(nbytes).memory
+
+
+class Mapping:
+    """Mapped memory, and tensors in it.
+
+    Attributes:
+        memory: all of it, uint8.
+    """
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._mapping = mapping
+        self.memory = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    @classmethod
+    def anonymous(cls, nbytes: int) -> Mapping:
+        """Memory of no file, in huge pages where there are any."""
+        if not hasattr(mmap, "MAP_PRIVATE"):
+            return cls(mmap.mmap(-1, nbytes))
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        return cls(mapping)
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """The tensor at an offset of bytes, on a storage of its own: torch.save takes no two dtypes on one."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+
+def note_write(tensor: Tensor) -> None:
+    """Say that a CPU tensor was written to below autograd, where version counters do not count."""
+    global _writes
+    if tensor.device.type == "cpu":
+        _writes += 1
+        _written.add(tensor.untyped_storage().data_ptr())
+
+
+def was_written(tensor: Tensor) -> bool:
+    """Whether a tensor's storage was written to so, under whatever alias; or one that was there before."""
+    return tensor.untyped_storage().data_ptr() in _written
+
+
+def writes() -> int:
+    """How many such writes there were in all."""
+    return _writes
 
 
 def writable_view(tensor: Tensor) -> memoryview:

@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_map
 
 from fewbits.errors import UnsupportedError
 from fewbits.homes import Extent, joined, read
-from fewbits.memory import aligned, host_buffer, pin
+from fewbits.memory import aligned, host_buffer, pin, writes
 from fewbits.tensor import QuantTensor
 
 _READERS = 8
+_SMALL = 1 << 20  # bytes of a plain tensor that is copied again rather than trusted
 
 
 # ------------------------------------------------------------------------------------------------- units and slots
@@ -97,13 +98,24 @@ class FetchedUnit:
     encloses: bool = False
     nbytes: int = 0
     extents: list[Extent] = field(default_factory=list)
+    plain: list[Extent] = field(default_factory=list)  # of tensors whose ``data`` may be written to unseen
+    quantized: list[Tensor] = field(default_factory=list)
     slot: _Slot | None = None
     users: int = 0
     replaced: list[tuple[dict[str, Any], str, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.extents = joined([extent for entry in self.entries for extent in entry.extents])
+        for entry in self.entries:
+            if isinstance(entry.home, QuantTensor):
+                self.quantized += [extent.home for extent in entry.extents]
+            else:
+                self.plain += entry.extents
         self.nbytes = max((e.at + aligned(e.memory.numel()) for e in self.extents), default=0)
+
+    def state(self) -> tuple[int, int]:
+        """Changes when a quantized parameter at home is written to."""
+        return writes(), sum(tensor._version for tensor in self.quantized)
 
 
 class _Slot:
@@ -111,14 +123,17 @@ class _Slot:
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.device = device
-        self.buffer = (
-            host_buffer(nbytes) if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8, device=device)
-        )
+        with torch.inference_mode(False):  # it outlives the mode in which it happens to be made
+            self.buffer = (
+                host_buffer(nbytes) if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8, device=device)
+            )
         self.staging: Tensor | None = None  # pinned host memory that what comes from a file passes through
         self.copied: torch.cuda.Event | None = None  # the end of the copy that reads it
         self.unit: FetchedUnit | None = None
         self.users = 0
         self.last_used = 0
+        self.filled = 0  # in which pass
+        self.state: tuple[int, int] | None = None  # of the unit when it was fetched
         self.arriving: Future[None] | None = None
         self.arrived: torch.cuda.Event | None = None
         self.in_use: dict[int, torch.cuda.Event] = {}  # by stream: the end of the work there that reads the buffer
@@ -148,6 +163,7 @@ class Offload:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._own: dict[FetchedUnit, _Slot] = {}
         self._clock = 0
+        self._pass, self._inside = 0, 0  # calls of the model: how many there were, and how many are under way
         # learned: what follows a unit, and a unit after another, forwards and backwards
         self._next: dict[tuple[FetchedUnit, FetchedUnit | None, bool], FetchedUnit] = {}
         self._last: dict[bool, tuple[FetchedUnit | None, FetchedUnit | None]] = dict.fromkeys(
@@ -197,6 +213,7 @@ class Offload:
             slot.unit.slot = None
         slot.unit, unit.slot = unit, slot
         slot.arriving, slot.arrived = None, None
+        slot.filled, slot.state = self._pass, unit.state()
         if unit.device.type == "cpu":
             slot.arriving = self._transfers.submit(read, unit.extents, slot.buffer, self._readers)
             return slot
@@ -232,6 +249,8 @@ class Offload:
 
     def _present(self, unit: FetchedUnit) -> _Slot:
         """The slot that holds the unit, ready for work on the current stream."""
+        if unit.slot is not None and unit.users == 0 and unit.slot.filled != self._pass:
+            self._bring_up_to_date(unit, unit.slot)
         slot = unit.slot or self._start(unit, demand=True)
         assert slot is not None
         if slot.arriving is not None:
@@ -246,6 +265,37 @@ class Offload:
         self._clock += 1
         slot.last_used = self._clock
         return slot
+
+    def _bring_up_to_date(self, unit: FetchedUnit, slot: _Slot) -> None:
+        """What was fetched in an earlier pass: its home may have been written to since."""
+        if unit.state() != slot.state or any(e.memory.numel() > _SMALL for e in unit.plain):
+            slot.unit, unit.slot = None, None
+            return
+        slot.filled = self._pass
+        if slot.arriving is not None:
+            try:
+                slot.arriving.result()
+            except BaseException:
+                slot.unit, unit.slot = None, None
+                raise
+            slot.arriving = None
+        if slot.arrived is not None:
+            torch.cuda.current_stream(unit.device).wait_event(slot.arrived)
+        with torch.no_grad():
+            for extent in unit.plain:
+                slot.buffer[extent.at : extent.at + extent.memory.numel()].copy_(extent.memory, non_blocking=True)
+
+    @contextlib.contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """A call of the whole model, in which nothing at home is expected to change."""
+        with self._lock:
+            self._pass += not self._inside
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
 
     def _look_ahead(self, unit: FetchedUnit, *, backwards: bool) -> None:
         """Learn what is called after what, and start to fetch what came after this unit the last time."""
@@ -272,13 +322,20 @@ class Offload:
     def using(self, unit: FetchedUnit) -> Iterator[None]:
         """The unit's parameters are on its device within this block."""
         with self._lock:
-            slot = self._present(unit)
-            if unit.users == 0:
-                self._bind(unit, slot)
+            self._pass += not self._inside  # a part is called alone
+            self._inside += 1
+            try:
+                slot = self._present(unit)
+                if unit.users == 0:
+                    self._bind(unit, slot)
+            except BaseException:
+                self._inside -= 1
+                raise
             unit.users += 1
             slot.users += 1
-            self._look_ahead(unit, backwards=False)
         try:
+            with self._lock:
+                self._look_ahead(unit, backwards=False)
             if torch.is_grad_enabled():
                 with self._nothing_saved_of(unit, slot):
                     yield
@@ -287,6 +344,7 @@ class Offload:
         finally:
             with self._lock:
                 slot.used_on_current_stream()
+                self._inside -= 1
                 slot.users -= 1
                 unit.users -= 1
                 if unit.users == 0:
@@ -425,8 +483,9 @@ class PlacedForward:
         if back == "caller":
             back = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
-        if self._offload is not None and self._unit is not None:
-            with self._offload.using(self._unit):
+        if self._offload is not None:
+            unit = self._unit
+            with self._offload.one_pass() if unit is None else self._offload.using(unit):
                 result = forward(*args, **kwargs)
         else:
             result = forward(*args, **kwargs)

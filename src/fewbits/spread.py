@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -168,10 +169,13 @@ class Spread:
 
         home = value._map(keep) if isinstance(value, QuantTensor) else keep(value.contiguous())
         parameter = put(owners, home, requires_grad)
+        if isinstance(parameter, QuantTensor):  # making it a parameter has made aliases, whose versions count
+            inner = parameter.inner_tensors.values()
+            where = [(tensor, replace(extent, home=tensor)) for tensor, (_, extent) in zip(inner, where, strict=True)]
         for runs in fetched:
             extents = []
             for tensor, extent in where:
-                extents.append(Extent(runs.used, extent.memory, extent.file, extent.offset, extent.mapped))
+                extents.append(replace(extent, at=runs.used))
                 runs.used += aligned(tensor.nbytes)
             own = {(id(o.module), o.name): o for o in owners if self._of[o.path] is runs}.values()
             runs.entries.append(Entry([(o.module._parameters, o.name) for o in own], parameter, extents))
@@ -216,10 +220,12 @@ class Spread:
                 returns: torch.device | str | None = runs.gpu if runs.device != runs.gpu else None
                 if several and not follows:
                     returns = "caller"
-                forward = PlacedForward(runs.module, runs.device, offload, unit, returns=returns)
+                forward = PlacedForward(
+                    runs.module, runs.device, offload if unit is not None else None, unit, returns=returns
+                )
                 runs.module.forward = forward  # on this instance alone
-        if self.main != CPU:
-            forward = PlacedForward(self.model, self.main, returns="caller")
+        if self.main != CPU or offload is not None:
+            forward = PlacedForward(self.model, self.main, offload, returns="caller")
             self.model.forward = forward
         above = {""} | {name[:i] for name in self._runs for i in range(len(name) + 1) if name[i : i + 1] in (".", "")}
         modules: dict[str, Any] = dict(self.model.named_modules(remove_duplicate=False))

@@ -233,11 +233,11 @@ def _quantized(module: nn.Module) -> list[tuple[str, QuantTensor]]:
 
 def _save_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Replace each quantized parameter of this module by its plain entries."""
-    for name, _ in _quantized(module):
+    for name, parameter in _quantized(module):
         key = prefix + name
-        tensor = state_dict.pop(key, None)
-        if isinstance(tensor, QuantTensor):
-            state_dict.update(encode(key, tensor))
+        if isinstance(state_dict.pop(key, None), QuantTensor):
+            # of the parameter itself: the version counters of an alias's inner tensors would be others
+            state_dict.update(encode(key, parameter))
 
 
 def _load_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

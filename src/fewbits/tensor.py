@@ -24,6 +24,7 @@ from torch import Tensor
 from fewbits.errors import ConfigError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
 from fewbits.kernels import ops
+from fewbits.memory import note_write
 
 
 class QuantTensor(torch.Tensor):
@@ -176,6 +177,7 @@ class QuantTensor(torch.Tensor):
         } and self.spec.format == other.spec.format:
             for name, tensor in self.inner_tensors.items():
                 tensor.copy_(other.inner_tensors[name])
+                note_write(tensor)
         else:
             for name in INNER_NAMES:
                 tensor_ = getattr(other, name)
