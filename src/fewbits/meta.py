@@ -60,6 +60,9 @@ def init_on_device(device: torch.device, include_buffers: bool | None = None) ->
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+_INITIALIZERS = ("torch.nn.init", "transformers.initialization")  # the second wraps the first
+
+
 class _SkipInitialization(TorchFunctionMode):
     """Leaves out the initialization of tensors on the meta device, which has no values to set.
 
@@ -69,7 +72,7 @@ class _SkipInitialization(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, module = getattr(func, "__name__", ""), getattr(func, "__module__", None)
-        if func is torch.Tensor.normal_ or (module == "torch.nn.init" and name.endswith("_")):
+        if func is torch.Tensor.normal_ or (module in _INITIALIZERS and name.endswith("_")):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
