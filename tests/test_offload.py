@@ -137,7 +137,7 @@ def test_computing_where_it_lies(device, folder):
         given = {"": device, "model.layers.1": place}
         spread = fewbits.from_pretrained(path, "nf4", device_map=given, offload="compute")
         seen = []
-        spread.model.layers[1].mlp.register_forward_hook(lambda m, a, out: seen.append(out.device.type))  # noqa: B023
+        spread.model.layers[1].mlp.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.device.type))
         whole = fewbits.from_pretrained(path, "nf4", device_map=device)
         ids = ids_for(device)
         with torch.no_grad():
@@ -145,13 +145,28 @@ def test_computing_where_it_lies(device, folder):
         assert set(seen) == {"cpu"}
 
 
-def test_auto_measures_and_runs(device, folder):
+@pytest.mark.parametrize("faster", [False, True])
+def test_auto_does_what_was_measured_to_be_faster(faster, device, folder, monkeypatch):
+    measured = []
+    monkeypatch.setattr("fewbits.spread.computes_faster", lambda entries, device: (measured.append(device), faster)[1])
     path = folder("llama")
     whole, _ = pair(path, device, {"": device})
     spread = fewbits.from_pretrained(path, "nf4", device_map={"": device, "model.layers": away(device)[0]})
+    seen = []
+    spread.model.layers[1].mlp.register_forward_hook(lambda m, a, out: seen.append(out.device.type))
     ids = ids_for(device)
     with torch.no_grad():
         torch.testing.assert_close(spread(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(measured) == (device == "cuda")  # once for both layers, which are alike; from disk there is no choice
+    assert seen == ["cpu" if faster else device]
+
+
+def test_a_plan_for_a_gpu_that_is_not_there(folder):
+    """Also where nothing lies on it and all of it would stream there."""
+    plan = fewbits.plan(folder("llama"), "nf4", device_map="cpu")
+    plan.runs_on = "cuda:99"
+    with pytest.raises(ConfigError, match="cuda:99"):
+        fewbits.from_pretrained(folder("llama"), "nf4", device_map=plan)
 
 
 def test_quantizing_in_place_spreads_as_well(device, tmp_path):

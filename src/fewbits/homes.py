@@ -65,11 +65,7 @@ def joined(extents: Sequence[Extent]) -> list[Extent]:
     for extent in sorted(extents, key=lambda e: e.at):
         last = found[-1] if found else None
         private = extent.file is not None and not extent.file.shared
-        if (
-            last is not None
-            and not private
-            and last.memory.untyped_storage().data_ptr() == extent.memory.untyped_storage().data_ptr()
-        ):
+        if last is not None and not private and _storage(last.memory) == _storage(extent.memory):
             gap = extent.at - (last.at + last.memory.numel())
             apart = extent.memory.storage_offset() - (last.memory.storage_offset() + last.memory.numel())
             if 0 <= gap == apart < 4096:

@@ -59,7 +59,7 @@ def quantize(
             model, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,
             no_split_module_classes=no_split_module_classes,
         )  # fmt: skip
-        check_devices(plan.devices.values())
+        check_devices([*plan.devices.values(), *plan.execution.values()])
         spread = Spread(
             model, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
         )

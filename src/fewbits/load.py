@@ -60,7 +60,7 @@ def load(
             as far as they go, then host memory, then disk. "balanced": all GPUs evenly; "balanced_low_0": as little
             as possible on the first; "sequential": one GPU after the other. One device: a name, an index, "cpu",
             "disk". A dictionary from names or globs of modules to devices, of which the longest name counts; a
-            :class:`Plan`. Nothing that has no GPU to lie on stays unquantized, and all of it runs.
+            :class:`Plan`. What lies on no GPU is quantized all the same.
         max_memory: bytes (or ``"10GiB"``) that may be used, by device (0, "cuda:0", "cpu", "disk"). GPUs that are not
             named are not used then. By default what is free, less a tenth.
         offload: how parts in host memory run beside a GPU. "stream": their weights are brought to it, while the part
@@ -113,7 +113,7 @@ def load_into(
         empty, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,
         no_split_module_classes=no_split_module_classes,
     )  # fmt: skip
-    check_devices(plan.devices.values())
+    check_devices([*plan.devices.values(), *plan.execution.values()])
     on_disk = sum(plan.nbytes[name] for name, device in plan.devices.items() if device == "disk")
     if on_disk and (device_map is None or isinstance(device_map, str)) and device_map != "disk":
         warnings.warn(
@@ -225,9 +225,8 @@ def _read(
         first, source = group[0], group[0].source
         assert source is not None
         ready = parts[id(group)] = {}
-        there = (
-            [] if first.is_buffer else spread.stays_in_checkpoint(first.path, source, storage[first.path], checkpoint)
-        )
+        ready_as_stored = not first.is_buffer and _is_ready(source, storage[first.path])
+        there = spread.stays_in_checkpoint(first.path, source, checkpoint) if ready_as_stored else []
         for role, key in source.group.keys.items():
             if key in there:
                 ready[role] = spread.map(checkpoint, key)
@@ -235,7 +234,7 @@ def _read(
             name = checkpoint.tensors[key].name
             awaiting.setdefault(name, []).append((group, role))
             if not first.is_buffer and role in ("weight", "absmax", "nested_absmax"):
-                devices.setdefault(name, spread.works_on(first.path, ready=_is_ready(source, storage[first.path])))
+                devices.setdefault(name, spread.works_on(first.path, ready=ready_as_stored))
         if len(ready) == len(source.group.keys):
             complete.append(group)
     total = sum(checkpoint.tensors[name].nbytes for name in awaiting)

@@ -124,13 +124,12 @@ class Spread:
             return torch.device(device)
         return CPU if ready else self._of[path].gpu  # a GPU quantizes faster
 
-    def stays_in_checkpoint(self, path: str, source: Source, storage: Storage, checkpoint: Checkpoint) -> list[str]:
-        """The keys of the checkpoint that are used where they lie: those of a parameter on disk that is stored so."""
+    def stays_in_checkpoint(self, path: str, source: Source, checkpoint: Checkpoint) -> list[str]:
+        """The keys of the checkpoint that are used where they lie, of a parameter that is stored as it is to be used.
+
+        None if it is not to lie on disk.
+        """
         if self.devices[path] != "disk":
-            return []
-        if (source.spec is None and storage != Storage(None, storage.dtype)) or (
-            source.spec is None and storage.dtype not in (None, source.dtype)
-        ):
             return []
         keys = [source.group.keys[role] for role in ("weight", "absmax", "nested_absmax") if role in source.group.keys]
         if not all(can_be_home(checkpoint.tensors[key]) for key in keys):

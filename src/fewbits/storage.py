@@ -76,9 +76,8 @@ def choose_storage(model: nn.Module, config: QuantizationConfig, *, strict_patte
         skipped = tuple(output_heads(model)) if config.format is not None else ()
 
     def decide(owners: list[Owner]) -> Storage:
-        shape = owners[0].module._parameters[owners[0].name].shape  # type: ignore[union-attr]
-        floating = owners[0].module._parameters[owners[0].name].is_floating_point()  # type: ignore[union-attr]
         p: Any = owners[0].module._parameters[owners[0].name]
+        shape, floating = p.shape, p.is_floating_point()
         if isinstance(p, QuantTensor):  # nothing is quantized twice
             return Storage(p.spec, config.dtype or p.dtype)
         for pattern, format in config.overrides:
