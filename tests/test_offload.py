@@ -31,7 +31,7 @@ from fewbits.decide import make_plan
 from fewbits.errors import CheckpointError, ConfigError, UnsupportedError
 from fewbits.homes import Extent, FileHome, joined
 from fewbits.modules import quantize_parameter
-from fewbits.offload import Offload, PlacedForward, devices_of, is_offloaded
+from fewbits.offload import Offload, PlacedForward, devices_of
 from fewbits.spread import Spread
 from fewbits.storage import choose_storage, owners_of
 from models import GPT, GPTConfig, TiedGPT, random_transformers, same_tensors
@@ -60,6 +60,10 @@ def away(device: str) -> list[str]:
 
 def blocks_name(model: nn.Module) -> str:
     return next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    return any(isinstance(module.__dict__.get("forward"), PlacedForward) for module in model.modules())
 
 
 def ids_for(device: str, length: int = 9) -> torch.Tensor:

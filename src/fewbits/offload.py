@@ -11,14 +11,13 @@ For autograd nothing in a slot is kept: what a backward pass needs of it is fetc
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -253,6 +252,14 @@ class Offload:
             self._bring_up_to_date(unit, unit.slot)
         slot = unit.slot or self._start(unit, demand=True)
         assert slot is not None
+        self._wait(unit, slot)
+        self._clock += 1
+        slot.last_used = self._clock
+        return slot
+
+    @staticmethod
+    def _wait(unit: FetchedUnit, slot: _Slot) -> None:
+        """Wait for what is under way to the slot; the current stream of a GPU waits, not this thread."""
         if slot.arriving is not None:
             try:
                 slot.arriving.result()
@@ -262,9 +269,6 @@ class Offload:
             slot.arriving = None
         if slot.arrived is not None:
             torch.cuda.current_stream(unit.device).wait_event(slot.arrived)
-        self._clock += 1
-        slot.last_used = self._clock
-        return slot
 
     def _bring_up_to_date(self, unit: FetchedUnit, slot: _Slot) -> None:
         """What was fetched in an earlier pass: its home may have been written to since."""
@@ -272,15 +276,7 @@ class Offload:
             slot.unit, unit.slot = None, None
             return
         slot.filled = self._pass
-        if slot.arriving is not None:
-            try:
-                slot.arriving.result()
-            except BaseException:
-                slot.unit, unit.slot = None, None
-                raise
-            slot.arriving = None
-        if slot.arrived is not None:
-            torch.cuda.current_stream(unit.device).wait_event(slot.arrived)
+        self._wait(unit, slot)
         with torch.no_grad():
             for extent in unit.plain:
                 slot.buffer[extent.at : extent.at + extent.memory.numel()].copy_(extent.memory, non_blocking=True)
@@ -569,12 +565,6 @@ def computes_faster(entries: list[Entry], device: torch.device) -> bool:
         return one < 2 * transferred and one + best_of_two(lambda: compute(64)) < 2 * transferred
 
 
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether parts of the model are brought to where they run."""
-    return any(isinstance(module.__dict__.get("forward"), PlacedForward) for module in model.modules())
-
-
-def devices_of(model: nn.Module) -> Mapping[str, str]:
+def devices_of(model: nn.Module) -> dict[str, str]:
     """Where the parameters lie of a model that is spread over devices, by dotted name: "disk" is one."""
-    found: Mapping[str, str] = getattr(model, "_fewbits_devices", {})
-    return copy.copy(found)
+    return dict(getattr(model, "_fewbits_devices", {}))
