@@ -65,6 +65,45 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+def bitsandbytes_config(format: str | None, **more: Any) -> dict[str, Any]:
+    """The argument of transformers' ``from_pretrained`` that loads a format through bitsandbytes; none for bf16."""
+    from transformers import BitsAndBytesConfig
+
+    if format == "nf4":
+        more |= {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+    elif format == "int8":
+        more["load_in_8bit"] = True
+    else:
+        return {}
+    return {"quantization_config": BitsAndBytesConfig(**more)}
+
+
+def load_with_accelerate(folder: Path, format: str, **arguments: Any) -> torch.nn.Module:
+    """Accelerate's own recipe: an empty model, loaded through bitsandbytes."""
+    from accelerate import init_empty_weights
+    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with init_empty_weights():
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    if format == "nf4":
+        config = BnbQuantizationConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            torch_dtype=torch.bfloat16,
+        )
+    else:
+        config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.bfloat16)
+    return load_and_quantize_model(model, weights_location=str(folder), bnb_quantization_config=config, **arguments)
+
+
 def say(text: str) -> None:
     """A line of progress, on stderr."""
     print(text, file=sys.stderr, flush=True)

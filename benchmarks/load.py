@@ -70,18 +70,9 @@ def transformers_in(format: str | None) -> Load:
     def load(folder: Path, device: str) -> torch.nn.Module:
         import importlib.util
 
-        from transformers import BitsAndBytesConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        settings: dict[str, Any] = {"dtype": torch.bfloat16}
-        if format == "nf4":
-            settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        elif format == "int8":
-            settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        settings: dict[str, Any] = {"dtype": torch.bfloat16, **llama.bitsandbytes_config(format)}
         if importlib.util.find_spec("accelerate") is None:  # then it loads to the CPU only
             return LlamaForCausalLM.from_pretrained(folder, **settings).to(device)
         return LlamaForCausalLM.from_pretrained(folder, device_map={"": device}, **settings)
@@ -91,26 +82,8 @@ def transformers_in(format: str | None) -> Load:
 
 def accelerate_in(format: str) -> Load:
     def load(folder: Path, device: str) -> torch.nn.Module:
-        from accelerate import init_empty_weights
-        from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        with init_empty_weights():
-            model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
-        if format == "nf4":
-            config = BnbQuantizationConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-                torch_dtype=torch.bfloat16,
-            )
-        else:
-            config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.bfloat16)
         index = torch.device(device).index if device != "cpu" else "cpu"
-        return load_and_quantize_model(
-            model, weights_location=str(folder), bnb_quantization_config=config, device_map={"": index}
-        )
+        return llama.load_with_accelerate(folder, format, device_map={"": index})
 
     return load
 

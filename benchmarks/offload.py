@@ -82,48 +82,18 @@ def fewbits_in(folder: Path, devices: Map, files: str, *, format: str, offload: 
 
 
 def transformers_in(folder: Path, devices: Map, files: str, *, format: str) -> torch.nn.Module:
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     settings: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": devices}
+    settings |= llama.bitsandbytes_config(format, llm_int8_enable_fp32_cpu_offload=True)
     if "disk" in devices.values():
         settings["offload_folder"] = files
-    if format == "nf4":
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_enable_fp32_cpu_offload=True,
-        )
-    elif format == "int8":
-        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=True)
     return LlamaForCausalLM.from_pretrained(folder, **settings)
 
 
 def accelerate_in(folder: Path, devices: Map, files: str, *, format: str) -> torch.nn.Module:
-    from accelerate import init_empty_weights
-    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with init_empty_weights():
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
-    if format == "nf4":
-        config = BnbQuantizationConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            torch_dtype=torch.bfloat16,
-        )
-    else:
-        config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.bfloat16)
-    return load_and_quantize_model(
-        model,
-        weights_location=str(folder),
-        bnb_quantization_config=config,
-        device_map=devices,
-        offload_folder=files if "disk" in devices.values() else None,
-    )
+    offload_folder = files if "disk" in devices.values() else None
+    return llama.load_with_accelerate(folder, format, device_map=devices, offload_folder=offload_folder)
 
 
 def _fewbits(format: str, off: str | None, on: tuple[str, ...], offload: str = "stream") -> Row:
