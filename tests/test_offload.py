@@ -444,7 +444,7 @@ def test_state_dict_and_saving(device, folder, tmp_path):
         with torch.no_grad():
             spread(ids_for(device))
         torch.save(spread.state_dict(), tmp_path / "saved.pt")
-        assert same_tensors(torch.load(tmp_path / "saved.pt"), on_cpu)
+        assert same_tensors(torch.load(tmp_path / "saved.pt", map_location="cpu"), on_cpu)
         save_file(spread.state_dict(), tmp_path / "saved.safetensors")
         assert same_tensors(load_file(tmp_path / "saved.safetensors"), on_cpu)
         fewbits.save(whole, tmp_path / "whole")

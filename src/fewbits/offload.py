@@ -485,8 +485,8 @@ class PlacedForward:
                 result = forward(*args, **kwargs)
         else:
             result = forward(*args, **kwargs)
-        if back is None or back == self._device:
-            return result
+        if back is None or (back == self._device and self._returns != "caller"):
+            return result  # by "caller" also from the GPU of the last block
         return tree_map(lambda v: v.to(back) if isinstance(v, Tensor) else v, result)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

@@ -29,7 +29,7 @@ def test_the_same_numbers(strategy, settings, folder):
     elif strategy == "streams on both":
         given = {"device_map": {"": 0, "model.layers.0": "cpu", "model.norm": 1, "lm_head": 1, "model.layers.1": "cpu"}}
     else:
-        room = 2 * size if strategy in ("balanced", "balanced_low_0") else size * 3 // 4
+        room = 2 * size if strategy == "balanced" else size * 3 // 4
         given = {"device_map": strategy, "max_memory": {0: room, 1: room, "cpu": 0, "disk": 0}}
     spread = fewbits.from_pretrained(folder, offload="stream", **given, **settings)
     places = set(devices_of(spread).values())
