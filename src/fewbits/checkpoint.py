@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError, CheckpointNotFoundError
 from fewbits.files import PICKLES, StoredTensor, check_stamp, open_file, read_index, stamp
-from fewbits.reader import read_ahead
+from fewbits.reader import Staging, read_ahead
 
 _TINY = 64 << 10  # bytes
 
@@ -31,7 +31,10 @@ class Checkpoint:
         self.path, self.tensors = path, tensors
 
     def stream(
-        self, names: Iterable[str], device: Callable[[str], torch.device] = lambda name: torch.device("cpu")
+        self,
+        names: Iterable[str],
+        device: Callable[[str], torch.device] = lambda name: torch.device("cpu"),
+        staging: Staging | None = None,
     ) -> Generator[tuple[str, Tensor], None, None]:
         """Read the named tensors, each onto its device: tiny ones first, then in the order they lie on disk.
 
@@ -41,7 +44,7 @@ class Checkpoint:
             CheckpointError: a file cannot be read any more.
         """
         found = sorted((self.tensors[n] for n in names), key=lambda t: (t.nbytes >= _TINY, str(t.file), t.offset))
-        with contextlib.closing(read_ahead([(stored, device(stored.name)) for stored in found])) as tensors:
+        with contextlib.closing(read_ahead([(stored, device(stored.name)) for stored in found], staging)) as tensors:
             for stored, tensor in tensors:
                 yield stored.name, tensor
                 del tensor

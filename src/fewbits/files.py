@@ -16,6 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -80,29 +81,54 @@ def check_stamp(file: Path, now: Path | int, before: tuple[int, ...]) -> None:
     except OSError:
         same = False
     if not same:
-        raise CheckpointError("the file was replaced or cut off while being read", file=file, hint="load it again")
+        raise _replaced(file)
 
 
-def read_into(stored: StoredTensor, view: memoryview, start: int = 0) -> None:
+def _replaced(file: Path) -> CheckpointError:
+    return CheckpointError("the file was replaced or cut off while being read", file=file, hint="load it again")
+
+
+class OpenFiles:
+    """Files kept open between the reads of one thread: opening one takes longer than reading many a tensor."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, FileIO] = {}
+
+    def open(self, file: Path) -> FileIO:
+        """The file's handle; OSError if there is none."""
+        if file not in self._handles:
+            self._handles[file] = FileIO(file)
+        return self._handles[file]
+
+    def close(self) -> None:
+        """Close them."""
+        while self._handles:
+            self._handles.popitem()[1].close()
+
+
+def read_into(stored: StoredTensor, view: memoryview, start: int = 0, files: OpenFiles | None = None) -> None:
     """Fill ``view`` with the file's bytes from ``start`` after where the tensor's begin.
 
     Raises:
         CheckpointError: the file cannot be read, was replaced, or ends early.
     """
-    done = 0
+    done, kept = 0, files or OpenFiles()
     try:
-        with open(stored.file, "rb", buffering=0) as handle:
-            if stored.stamp is not None:
-                check_stamp(stored.file, handle.fileno(), stored.stamp)
-            handle.seek(stored.offset + start)
-            while done < len(view) and (count := handle.readinto(view[done:])):
-                done += count
-            if stored.stamp is not None and done == len(view):  # nor was it written over meanwhile
-                check_stamp(stored.file, handle.fileno(), stored.stamp)
+        handle = kept.open(stored.file)
+        if stored.stamp is not None and stamp(stored.file) != stored.stamp:
+            raise _replaced(stored.file)
+        handle.seek(stored.offset + start)
+        while done < len(view) and (count := handle.readinto(view[done:])):
+            done += count
+        if stored.stamp is not None and done == len(view):  # nor was it written over meanwhile
+            check_stamp(stored.file, handle.fileno(), stored.stamp)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot be read: {error.strerror or error}", file=stored.file) from error
+    finally:
+        if files is None:
+            kept.close()
     if done < len(view):
         raise CheckpointError("the file ended before its tensor did: it was cut off while being read", file=stored.file)
 

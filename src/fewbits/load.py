@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint, open_checkpoint
 from fewbits.config import QuantizationConfig, as_config
-from fewbits.decide import make_plan
-from fewbits.devices import MaxMemory, check_devices
+from fewbits.decide import STRATEGIES, make_plan
+from fewbits.devices import MaxMemory, check_devices, device_name
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
 from fewbits.hf import record_config, renaming
 from fewbits.match import Source, Target, ignored_by, match
@@ -24,6 +24,7 @@ from fewbits.meta import empty_copy
 from fewbits.modules import quantize_parameter, stores_transposed
 from fewbits.place import Heap, bar, check_values
 from fewbits.plan import DeviceMap
+from fewbits.reader import Staging
 from fewbits.spread import CPU, Spread
 from fewbits.statedict import decode
 from fewbits.storage import Storage, choose_storage
@@ -84,14 +85,14 @@ def load(
             in it that is NaN, infinite, or beyond what it is to become.
     """
     return load_into(
-        empty_copy(model), weights, as_config(config, **settings), device_map=device_map, max_memory=max_memory,
+        lambda: empty_copy(model), weights, as_config(config, **settings), device_map=device_map, max_memory=max_memory,
         offload=offload, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes, strict=strict,
         progress=progress, revision=revision, token=token,
     )  # fmt: skip
 
 
 def load_into(
-    empty: nn.Module,
+    build: Callable[[], nn.Module],
     weights: str | PathLike[str],
     config: QuantizationConfig,
     *,
@@ -105,8 +106,51 @@ def load_into(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> nn.Module:
-    """:func:`load` for an empty model that is the caller's own to give away."""
+    """:func:`load` for the empty model that ``build`` makes."""
     checkpoint = open_checkpoint(weights, revision=revision, token=token)
+    with no_garbage_collection(), _staging(checkpoint, device_map, max_memory) as staging:
+        return _load_into(
+            build(), checkpoint, config, staging, device_map=device_map, max_memory=max_memory, offload=offload,
+            offload_folder=offload_folder, no_split_module_classes=no_split_module_classes, strict=strict,
+            progress=progress,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _staging(
+    checkpoint: Checkpoint, device_map: DeviceMap, max_memory: MaxMemory | None
+) -> Generator[Staging | None, None, None]:
+    """The reader's pinned buffers, begun while the model is built, where it is plain that a GPU will be read to."""
+    device = None
+    if max_memory is None and torch.cuda.is_available():
+        if device_map is None or device_map in STRATEGIES:
+            device = torch.device("cuda", torch.cuda.current_device())
+        elif isinstance(device_map, (str, int, torch.device)) and device_name(device_map).startswith("cuda"):
+            device = torch.device(device_name(device_map))
+    if device is None or device.index >= torch.cuda.device_count():
+        yield None
+        return
+    staging = Staging(sum(stored.nbytes for stored in checkpoint.tensors.values()), device)
+    try:
+        yield staging
+    finally:
+        staging.close()
+
+
+def _load_into(
+    empty: nn.Module,
+    checkpoint: Checkpoint,
+    config: QuantizationConfig,
+    staging: Staging | None,
+    *,
+    device_map: DeviceMap,
+    max_memory: MaxMemory | None,
+    offload: str,
+    offload_folder: str | PathLike[str] | None,
+    no_split_module_classes: Iterable[str] | None,
+    strict: bool,
+    progress: bool | None,
+) -> nn.Module:
     targets = match(empty, checkpoint, strict=strict, ignore=ignored_by(empty), rename=renaming(empty))
     storage = _storage_for(empty, targets, config, checkpoint)
     plan = make_plan(
@@ -120,13 +164,13 @@ def load_into(
             f"{on_disk:,} of {plan.total:,} bytes fit neither on a GPU nor in memory: they are read from disk whenever "
             "they are needed",
             FewbitsWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     spread = Spread(
         empty, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
     )
-    stream = _read(checkpoint, targets, storage, spread, progress)
-    with torch.no_grad(), no_garbage_collection(), contextlib.closing(stream) as groups:
+    stream = _read(checkpoint, targets, storage, spread, progress, staging)
+    with torch.no_grad(), contextlib.closing(stream) as groups:
         heap = Heap()
         unsure: list[tuple[str, Source, Tensor]] = []  # scales, looked at last: each look waits for a GPU
         for group, tensors in groups:
@@ -135,7 +179,7 @@ def load_into(
             except FewbitsError as error:
                 error.locate(group[0].source.file)  # type: ignore[union-attr]  # what is read has a source
                 raise
-            size = sum(tensor.nbytes for tensor in tensors.values())
+            size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device == CPU)
             del tensors  # before the next one comes, and before its memory is given back
             heap.passed(size)
         heap.trim()
@@ -182,7 +226,7 @@ def _storage_for(
             f"{checkpoint.path} is already quantized to {', '.join(sorted(found))}: it is loaded as it is, "
             f"not as {config.format}",
             FewbitsWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     storage = choose_storage(
         model, replace(config, format=None, skip_modules=None, overrides=()), strict_patterns=False
@@ -206,6 +250,7 @@ def _read(
     storage: Mapping[str, Storage],
     spread: Spread,
     progress: bool | None,
+    staging: Staging | None,
 ) -> Generator[tuple[list[Target], dict[str, Tensor]], None, None]:
     """Stream the sources: for each, all the targets that it is for and its tensors by role, once they are all there.
 
@@ -240,7 +285,7 @@ def _read(
     total = sum(checkpoint.tensors[name].nbytes for name in awaiting)
     for group in complete:
         yield group, parts.pop(id(group))
-    stream = checkpoint.stream(awaiting, lambda name: devices.get(name, CPU))
+    stream = checkpoint.stream(awaiting, lambda name: devices.get(name, CPU), staging)
     with bar(total, progress, "loading") as shown, contextlib.closing(stream):
         for name, tensor in stream:
             shown.set_postfix_str(checkpoint.tensors[name].file.name, refresh=False)

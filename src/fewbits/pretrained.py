@@ -10,7 +10,7 @@ from fewbits.checkpoint import local_path
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.devices import MaxMemory
 from fewbits.hf import build_empty, read_config, recorded_settings
-from fewbits.load import load_into, no_garbage_collection
+from fewbits.load import load_into
 from fewbits.plan import DeviceMap
 
 
@@ -53,10 +53,9 @@ def from_pretrained(
     if recorded and config == QuantizationConfig(**settings) and config.format is None:
         # no format is asked for: the tensors say which they have, the record what they do not say
         config = QuantizationConfig(**{**recorded, "format": None, "double_quant": False, **settings})
-    with no_garbage_collection():
-        model = load_into(
-            build_empty(model_config, folder), weights, config, device_map=device_map, max_memory=max_memory,
-            offload=offload, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes,
-            strict=strict, progress=progress,
-        )  # fmt: skip
+    model = load_into(
+        lambda: build_empty(model_config, folder), weights, config, device_map=device_map, max_memory=max_memory,
+        offload=offload, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes,
+        strict=strict, progress=progress,
+    )  # fmt: skip
     return model.eval()

@@ -2,7 +2,7 @@
 
 To the CPU a piece is read in place. To a GPU it passes through one of two pinned buffers of the thread that reads it
 and goes on by an asynchronous copy, so that reading, copying, and the caller's work on the tensors before overlap.
-Tensors come in the order asked for.
+Tensors come in the order asked for. :class:`Staging` pins those buffers while the caller still finds out what to read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fewbits.files import StoredTensor, read_into
+from fewbits.files import OpenFiles, StoredTensor, read_into
 from fewbits.memory import host_buffer, pin, unpin, writable_view
 
 THREADS = 8
@@ -32,7 +32,8 @@ Wanted = tuple[StoredTensor, torch.device]
 class _Job:
     """One read to be waited for: a large tensor in pieces, neighbouring small ones, or one that reads itself."""
 
-    def __init__(self, wanted: Sequence[Wanted]) -> None:
+    def __init__(self, wanted: Sequence[Wanted], pinned: bool) -> None:
+        """``pinned``: the threads have pinned buffers."""
         self.wanted = wanted
         first, self.device = wanted[0]
         self.nbytes = _span(wanted)
@@ -41,7 +42,8 @@ class _Job:
         self.allocated: torch.cuda.Event | None = None
         self._lock, self._done = threading.Lock(), threading.Event()
         self._error: BaseException | None = None
-        self.through_pinned = len(wanted) == 1 and self.device.type == "cuda" and _by_pieces(first)
+        on_gpu = self.device.type == "cuda" and all(device == self.device for _, device in wanted)
+        self.through_pinned = pinned and on_gpu and first.stamp is not None and self.nbytes > 0
         span = self.nbytes if first.stamp is not None else 0
         self.buffer: Tensor | None = None
         if self.through_pinned:
@@ -86,12 +88,46 @@ class _Job:
         start, found = self.wanted[0][0].offset, []
         for stored, device in self.wanted:
             data = self.buffer[stored.offset - start : stored.offset - start + stored.nbytes]
-            own = data.clone() if device.type == "cpu" else data.to(device)  # aligned, and without its neighbours
+            there = self.through_pinned or device.type == "cpu"
+            own = data.clone() if there else data.to(device)  # aligned, and without its neighbours
             found.append((stored, own.view(stored.dtype).view(stored.shape)))
         return found
 
 
-class _Staging:
+class Staging:
+    """Pinned buffers for the threads of one :func:`read_ahead`, made by a thread while the caller does other things.
+
+    Pinning takes 80 ms on an H200's host, in which Python builds the model.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        """``nbytes``: at most so many are read; ``device``: the GPU whose driver pins."""
+        self._memory: Tensor | None = None
+        self._thread = threading.Thread(target=self._make, args=(_threads(nbytes), device), daemon=True)
+        self._thread.start()
+
+    def _make(self, threads: int, device: torch.device) -> None:
+        memory = host_buffer(threads * 2 * PIECE)
+        with contextlib.suppress(RuntimeError), torch.cuda.device(device):
+            pin(memory)  # unpinned it is slower, and right all the same
+        self._memory = memory
+
+    def take(self) -> Tensor:
+        """The memory, the caller's to unpin."""
+        self._thread.join()
+        memory, self._memory = self._memory, None
+        assert memory is not None, "it is taken once"
+        return memory
+
+    def close(self) -> None:
+        """Give back what was not taken."""
+        self._thread.join()
+        if self._memory is not None:
+            unpin(self._memory)
+            self._memory = None
+
+
+class _Buffers:
     """The two pinned buffers of a thread, and the copies that still read them."""
 
     def __init__(self, memory: Tensor) -> None:
@@ -101,12 +137,12 @@ class _Staging:
         )
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def pass_on(self, job: _Job, at: int, size: int) -> torch.cuda.Event:
+    def pass_on(self, job: _Job, at: int, size: int, files: OpenFiles) -> torch.cuda.Event:
         """Read a piece and start its copy; the event ends it."""
         half, view, busy = self._free[0]
         if busy is not None:
             busy.synchronize()
-        read_into(job.wanted[0][0], view[:size], at)
+        read_into(job.wanted[0][0], view[:size], at, files)
         stream = self._streams.get(job.device)
         if stream is None:
             stream = self._streams[job.device] = torch.cuda.Stream(job.device)
@@ -130,6 +166,10 @@ class _Staging:
 
 def _by_pieces(stored: StoredTensor) -> bool:
     return stored.stamp is not None and stored.nbytes >= _SMALL
+
+
+def _threads(nbytes: int) -> int:
+    return min(THREADS, max(os.cpu_count() or 1, 2), max(nbytes // PIECE, 1))
 
 
 def _span(wanted: Sequence[Wanted]) -> int:
@@ -159,8 +199,12 @@ def _batches(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
         yield batch
 
 
-def read_ahead(wanted: Sequence[Wanted]) -> Generator[tuple[StoredTensor, Tensor], None, None]:
+def read_ahead(
+    wanted: Sequence[Wanted], staging: Staging | None = None
+) -> Generator[tuple[StoredTensor, Tensor], None, None]:
     """Read tensors in this order, each onto its device, up to ``READ_AHEAD`` bytes ahead of the caller.
+
+    ``staging`` is for at least as many bytes; without it one is made if it is needed.
 
     Closing the iterator ends the threads and gives their memory back, whatever was still to come.
 
@@ -170,12 +214,12 @@ def read_ahead(wanted: Sequence[Wanted]) -> Generator[tuple[StoredTensor, Tensor
     tasks: queue.SimpleQueue[tuple[_Job, int, int] | None] = queue.SimpleQueue()
     stopped = threading.Event()
     on_gpu = any(device.type == "cuda" and _by_pieces(stored) for stored, device in wanted)
-    count = min(THREADS, max(os.cpu_count() or 1, 2), max(sum(s.nbytes for s, _ in wanted) // PIECE, 1))
-    staging: Tensor | None = None
+    count = _threads(sum(stored.nbytes for stored, _ in wanted))
+    memory: Tensor | None = None
 
-    def work(memory: Tensor | None) -> None:
-        halves = None if memory is None else _Staging(memory)
-        del memory
+    def work(own: Tensor | None) -> None:
+        halves, files = None if own is None else _Buffers(own), OpenFiles()
+        del own
         while (task := tasks.get()) is not None:
             job, at, size = task
             event = None
@@ -185,14 +229,15 @@ def read_ahead(wanted: Sequence[Wanted]) -> Generator[tuple[StoredTensor, Tensor
                         job.whole = job.wanted[0][0].read()
                     elif job.through_pinned:
                         assert halves is not None
-                        event = halves.pass_on(job, at, size)
+                        event = halves.pass_on(job, at, size, files)
                     elif job.buffer is not None and size:
-                        read_into(job.wanted[0][0], writable_view(job.buffer)[at : at + size], at)
+                        read_into(job.wanted[0][0], writable_view(job.buffer)[at : at + size], at, files)
                 job.finished(None, event)
             except BaseException as error:  # handed to the caller, which raises it
                 traceback.clear_frames(error.__traceback__)  # or they hold their buffers for as long as it is kept
                 job.finished(error)
             del job, task
+        files.close()
         if halves is not None:
             with contextlib.suppress(RuntimeError):  # an error of the GPU: whoever uses it is told
                 halves.finish()
@@ -202,10 +247,10 @@ def read_ahead(wanted: Sequence[Wanted]) -> Generator[tuple[StoredTensor, Tensor
     pending: deque[_Job] = deque()
     try:
         if on_gpu:
-            staging = host_buffer(count * 2 * PIECE)
-            pin(staging)  # unpinned it is slower, and right all the same
+            gpu = next(device for stored, device in wanted if device.type == "cuda")
+            memory = (staging or Staging(count * PIECE, gpu)).take()
         for i in range(count):
-            args = (None if staging is None else staging[i * 2 * PIECE : (i + 1) * 2 * PIECE],)
+            args = (None if memory is None else memory[i * 2 * PIECE : (i + 1) * 2 * PIECE],)
             threads.append(threading.Thread(target=work, args=args, name=f"fewbits-read-{i}", daemon=True))
             del args
             threads[-1].start()
@@ -215,7 +260,7 @@ def read_ahead(wanted: Sequence[Wanted]) -> Generator[tuple[StoredTensor, Tensor
             while batch is not None:
                 if pending and ahead + _span(batch) > READ_AHEAD:
                     break
-                job = _Job(batch)
+                job = _Job(batch, pinned=on_gpu)
                 for at, length in job.pieces:
                     tasks.put((job, at, length))
                 pending.append(job)
@@ -235,6 +280,6 @@ def read_ahead(wanted: Sequence[Wanted]) -> Generator[tuple[StoredTensor, Tensor
             if thread.ident is not None:  # it was started
                 thread.join()
         pending.clear()  # an error that is kept would keep them, and what follows
-        if staging is not None:
-            unpin(staging)
-            staging = None
+        if memory is not None:
+            unpin(memory)
+            memory = None
