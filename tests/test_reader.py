@@ -489,7 +489,7 @@ HARM = {
     write_over: "replaced",
     truncate: "cut off",
     Path.unlink: "cannot be read: No such file",
-    put_a_folder_in_its_place: "replaced|cannot be read: No such file",  # of a moment in between
+    put_a_folder_in_its_place: "replaced|cannot be read",  # of a moment in between
     make_unreadable: "cannot be read: Too many levels",
 }
 

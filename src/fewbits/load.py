@@ -29,7 +29,9 @@ from fewbits.spread import CPU, Spread
 from fewbits.statedict import decode
 from fewbits.storage import Storage, choose_storage
 from fewbits.structure import matches
-from fewbits.tensor import not_finite, scales_finite
+from fewbits.tensor import not_finite
+
+_LOOK = 16 << 20  # bytes of scales on a GPU that are looked at together
 
 
 def load(
@@ -172,7 +174,7 @@ def _load_into(
     stream = _read(checkpoint, targets, storage, spread, progress, staging)
     with torch.no_grad(), contextlib.closing(stream) as groups:
         heap = Heap()
-        unsure: list[tuple[str, Source, Tensor]] = []  # scales, looked at last: each look waits for a GPU
+        unsure: list[tuple[str, Source, Tensor]] = []  # scales on a GPU, looked at last: each look waits for it
         for group, tensors in groups:
             try:
                 _assign(group, tensors, storage, config, spread, unsure)
@@ -183,14 +185,7 @@ def _load_into(
             del tensors  # before the next one comes, and before its memory is given back
             heap.passed(size)
         heap.trim()
-        for device in {finite.device for _, _, finite in unsure}:
-            there = [item for item in unsure if item[2].device == device]
-            for (path, source, _), finite in zip(there, torch.stack([item[2] for item in there]).tolist(), strict=True):
-                if not finite:
-                    assert source.spec is not None
-                    wrong = not_finite(path, source.spec)
-                    wrong.locate(source.file)
-                    raise wrong
+        _check_scales(unsure)
         spread.finish()
     record_config(empty)
     return empty
@@ -304,6 +299,24 @@ def _is_ready(source: Source, storage: Storage) -> bool:
     return source.spec is not None or (storage.spec is None and storage.dtype in (None, source.dtype))
 
 
+def _check_scales(unsure: list[tuple[str, Source, Tensor]]) -> None:
+    """Raise for the first scales that are not finite; many tensors to a look, since a look at each costs more."""
+    start = 0
+    while start < len(unsure):
+        end, size = start, 0
+        while end < len(unsure) and size < _LOOK and unsure[end][2].device == unsure[start][2].device:
+            size += unsure[end][2].nbytes
+            end += 1
+        batch = unsure[start:end]
+        if not bool(torch.cat([scales.flatten() for _, _, scales in batch]).isfinite().all()):
+            path, source, _ = next(item for item in batch if not bool(item[2].isfinite().all()))
+            assert source.spec is not None
+            error = not_finite(path, source.spec)
+            error.locate(source.file)
+            raise error
+        start = end
+
+
 def _assign(
     targets: list[Target],
     tensors: dict[str, Tensor],
@@ -332,7 +345,11 @@ def _assign(
         assert kept.dtype is not None
         decoded = decode(source.group, tensors, kept.dtype, label=first.path, threshold=kept.spec.threshold)
         decoded.spec = replace(decoded.spec, compute_dtype=kept.spec.compute_dtype)
-        unsure.append((first.path, source, scales_finite(decoded)))
+        scales = [t for t in decoded.inner_tensors.values() if t.is_floating_point()]
+        if decoded.is_cuda:
+            unsure += [(first.path, source, t) for t in scales]
+        elif not all(bool(t.isfinite().all()) for t in scales):
+            raise not_finite(first.path, kept.spec)
         decoded = decoded.relabelled(kept.dtype)
         value = decoded.t() if stores_transposed(owner.module, owner.name) else decoded
     elif kept.spec is not None:

@@ -136,6 +136,7 @@ class _Buffers:
             (half, writable_view(half), None) for half in memory.chunk(2)
         )
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._current: torch.cuda.Stream | None = None
 
     def pass_on(self, job: _Job, at: int, size: int, files: OpenFiles) -> torch.cuda.Event:
         """Read a piece and start its copy; the event ends it."""
@@ -146,13 +147,15 @@ class _Buffers:
         stream = self._streams.get(job.device)
         if stream is None:
             stream = self._streams[job.device] = torch.cuda.Stream(job.device)
+        if stream is not self._current:
+            torch.cuda.set_stream(stream)  # this thread's own
+            self._current = stream
         event = torch.cuda.Event()
-        with torch.cuda.stream(stream):
-            if job.allocated is not None:
-                stream.wait_event(job.allocated)
-            assert job.buffer is not None
-            job.buffer[at : at + size].copy_(half[:size], non_blocking=True)
-            event.record(stream)
+        if job.allocated is not None:
+            stream.wait_event(job.allocated)
+        assert job.buffer is not None
+        job.buffer[at : at + size].copy_(half[:size], non_blocking=True)
+        event.record(stream)
         self._free[0] = half, view, event
         self._free.rotate(-1)
         return event
