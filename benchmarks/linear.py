@@ -1,8 +1,11 @@
 """One linear layer: fewbits beside bitsandbytes and torch's own, in one run, in turn, weights rotated past the cache.
 
+    python benchmarks/linear.py
+    PYTHONPATH=src:.peers python benchmarks/linear.py --device cuda    # benchmarks/linear_cuda.py, with its options
+
 Prints microseconds a call for each, the ratio fewbits / bitsandbytes, and the least time that reading the packed
-weight once would take at the speed of a plain read (CPU) or copy (GPU) measured in the same run. Absolute times on a
-shared CPU are noise; the ratios are what to look at. Writes ``benchmarks/results/linear-<device>.json``.
+weight once would take at the speed of a plain read measured in the same run. Absolute times on a shared CPU are noise;
+the ratios are what to look at. Writes ``benchmarks/results/linear-<device>.json``.
 """
 
 from __future__ import annotations
@@ -28,47 +31,35 @@ DTYPE = torch.bfloat16
 ROTATE = 480 << 20  # bytes of packed weights that are taken in turn
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def race(
-    calls: dict[str, Callable[[int], object]], weights: int, device: str, rounds: int, seconds: float
-) -> dict[str, float]:
+def race(calls: dict[str, Callable[[int], object]], weights: int, rounds: int, seconds: float) -> dict[str, float]:
     """Median microseconds of each call, taken in turn: ``call(i)`` with a counter that rotates the weights."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         for i in range(weights):  # every one: a peer may repack a weight when it is first used
             call(i)
-    _synchronize(device)
     end, i = time.perf_counter() + seconds, 0
     while i < rounds or time.perf_counter() < end:
         for name, call in calls.items():
             start = time.perf_counter()
             for j in range(4):
                 call(4 * i + j)
-            _synchronize(device)
             times[name].append((time.perf_counter() - start) / 4 * 1e6)
         i += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def read_speed(device: str) -> float:
-    """Bytes a second: of a plain sum on a CPU, of a copy (read and written) on a GPU."""
-    source = torch.ones(1 << 28 if device == "cuda" else 1 << 26, device=device)
-    target = torch.empty_like(source) if device == "cuda" else None
+def read_speed() -> float:
+    """Bytes a second of a plain sum."""
+    source = torch.ones(1 << 26)
     best = float("inf")
     for _ in range(5):
-        _synchronize(device)
         start = time.perf_counter()
-        target.copy_(source) if target is not None else source.sum()
-        _synchronize(device)
+        source.sum()
         best = min(best, time.perf_counter() - start)
-    return source.nbytes * (2 if target is not None else 1) / best
+    return source.nbytes / best
 
 
-def peer_layers(format: str, weights: list[Tensor], device: str) -> list[torch.nn.Module]:
+def peer_layers(format: str, weights: list[Tensor]) -> list[torch.nn.Module]:
     import bitsandbytes as bnb
 
     layers = []
@@ -76,36 +67,35 @@ def peer_layers(format: str, weights: list[Tensor], device: str) -> list[torch.n
         n, k = w.shape
         if format == "int8":
             layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
-            layer.weight = bnb.nn.Int8Params(w.cpu(), requires_grad=False, has_fp16_weights=False)
+            layer.weight = bnb.nn.Int8Params(w, requires_grad=False, has_fp16_weights=False)
         else:
             layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=DTYPE, quant_type=format)
-            layer.weight = bnb.nn.Params4bit(w.cpu(), requires_grad=False, quant_type=format)
-        layers.append(layer.to(device).eval())
+            layer.weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type=format)
+        layers.append(layer.to("cpu").eval())  # which quantizes
     return layers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def on_cpu(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="linear.py --device cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--rows", type=int, nargs="+", default=(1, 16, 512))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table, at least")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     n, k = args.shape
-    speed = read_speed(args.device)
+    speed = read_speed()
     rows = []
-    print(f"{n}×{k}, {DTYPE}, a plain read or copy: {speed / 1e9:.0f} GB/s; µs a call")
+    print(f"{n}×{k}, {DTYPE}, a plain read: {speed / 1e9:.0f} GB/s; µs a call")
     print(f"{'':8}{'rows':>6}{'torch bf16':>12}{'bitsandbytes':>14}{'fewbits':>10}{'ours/peer':>11}{'limit':>8}")
     for format in ("nf4", "int8"):
         nbytes = quantized_bytes(QuantSpec(format), (n, k))
         count = max(2, min(32, ROTATE // nbytes))
-        weights = [torch.randn(n, k, device=args.device, dtype=DTYPE) * 0.02 for _ in range(count)]
+        weights = [torch.randn(n, k, dtype=DTYPE) * 0.02 for _ in range(count)]
         ours = [QuantTensor.quantize(w, format) for w in weights]
-        peers = peer_layers(format, weights, args.device)
+        peers = peer_layers(format, weights)
         for m in args.rows:
-            x = torch.randn(m, k, device=args.device, dtype=DTYPE)
+            x = torch.randn(m, k, dtype=DTYPE)
             with torch.no_grad():
                 times = race(
                     {
@@ -114,7 +104,6 @@ def main() -> None:
                         "ours": lambda i: linear(x, ours[i % len(ours)]),  # noqa: B023
                     },
                     count,
-                    args.device,
                     3,
                     args.seconds,
                 )
@@ -125,14 +114,21 @@ def main() -> None:
                 f"{times['ours'] / times['peer']:>11.2f}{limit:>8.1f}",
                 flush=True,
             )
-    result = {
-        **facts(args.device),
-        "shape": [n, k],
-        "bytes_per_second": speed,
-        "rows": rows,
-    }
-    target = Path(__file__).parent / "results" / f"linear-{args.device}.json"
+    result = {**facts("cpu"), "shape": [n, k], "bytes_per_second": speed, "rows": rows}
+    target = Path(__file__).parent / "results" / "linear-cpu.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # -h goes to the half that is asked for
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    args, others = parser.parse_known_args()
+    if args.device == "cpu":
+        on_cpu(others)
+    else:
+        import linear_cuda
+
+        linear_cuda.main(others)
 
 
 if __name__ == "__main__":

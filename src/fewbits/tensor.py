@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewbits.errors import ConfigError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
-from fewbits.kernels import ops
+from fewbits.kernels import call, ops, unheard
 from fewbits.memory import note_write
 
 
@@ -244,14 +244,16 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
     spec = weight.spec
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    operator: Any = call if unheard(x, bias) else _dispatched
     out: Tensor
     if spec.format == "int8":
-        out = ops.linear_int8(x, weight.packed, weight.absmax, bias, spec.threshold)
+        out = operator("linear_int8", x, weight.packed, weight.absmax, bias, spec.threshold)
         return out
     dtype = x.dtype
     if spec.compute_dtype is not None:
         x = x.to(spec.compute_dtype)
-    out = ops.linear_4bit(
+    out = operator(
+        "linear_4bit",
         x,
         weight.packed,
         weight.absmax,
@@ -262,7 +264,11 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
         spec.block_size,
         list(weight.stored_shape),
     )
-    return out.to(dtype)
+    return out if out.dtype is dtype else out.to(dtype)
+
+
+def _dispatched(op: str, *args: Any) -> Any:
+    return getattr(ops, op)(*args)
 
 
 def linear_t(g: Tensor, weight: QuantTensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The operators: their schemas, fakes and gradients, and the one place that picks an implementation.
 
 An operator takes plain tensors only. What runs it is a backend, a namespace with a function of the operator's name;
-a backend need not have them all, since ``reference`` (plain torch, any device) stands behind each. ``triton`` runs on
-GPUs where the package of that name works; it is imported when the first tensor on a GPU comes. The environment variable
-``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
+a backend need not have them all: behind ``cuda`` (CUDA C++ for NVIDIA's GPUs) stands ``triton`` (any GPU), and behind
+each ``reference`` (plain torch, any device). They are imported when the first tensor on a GPU comes. The environment
+variable ``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
 
 Shapes, dtypes and the arithmetic of every operator are in :mod:`fewbits.kernels.reference`.
 """
@@ -26,8 +26,10 @@ from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.kernels import reference
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference}  # those loaded; another joins them when it is first used
-_LOADED_LATER = {"triton": "fewbits.kernels.triton_backend"}  # each needs the package of its own name
-_PREFERRED = {"cuda": "triton", "xpu": "triton"}  # device type → backend; a device not listed runs the reference
+_LOADED_LATER = {"cuda": "fewbits.kernels.cuda_backend", "triton": "fewbits.kernels.triton_backend"}
+_NEEDS = {"triton": "triton"}  # the package that a backend needs
+_BEHIND = {"cuda": ("triton",)}  # who serves what a backend has not, before the reference
+_PREFERRED = {"cuda": ("cuda", "triton"), "xpu": ("triton",)}  # by device type; one not listed runs the reference
 _forced: str | None = None
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -59,10 +61,11 @@ def force_backend(name: str | None) -> None:
         if name not in _LOADED_LATER:
             names = sorted(BACKENDS.keys() | _LOADED_LATER.keys())
             raise ConfigError(f"unknown backend {name!r}", expected=f"one of {', '.join(names)}")
-        if importlib.util.find_spec(name) is None:
+        package = _NEEDS.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"the backend {name!r} was asked for, and the package {name} is not installed",
-                hint=f"pip install {name}",
+                f"the backend {name!r} was asked for, and the package {package} is not installed",
+                hint=f"pip install {package}",
             )
     _forced = name
 
@@ -80,24 +83,39 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def backend_for(device_type: str) -> str:
     """Name of the backend that runs operators on this type of device now."""
-    return _forced or _preferred(device_type)
+    return _chain(device_type, _forced)[0]
 
 
 @functools.cache
-def _preferred(device_type: str) -> str:
-    name = _PREFERRED.get(device_type)
-    if name is None or importlib.util.find_spec(name) is None:
-        return "reference"
-    try:
-        _load(name).check()
-    except Exception as error:  # a package that is there and does not work: Triton without a C compiler, for one
+def _chain(device_type: str, forced: str | None) -> tuple[str, ...]:
+    """Backends to ask, in this order: each may leave what it does not serve to the next."""
+    if forced is not None:
+        return (forced, *(name for name in _BEHIND.get(forced, ()) if _failure(name) is None), "reference")
+    names = _PREFERRED.get(device_type, ())
+    if device_type == "cuda" and torch.version.cuda is None:  # AMD's GPUs go by that name as well
+        names = ("triton",)
+    failures = {name: _failure(name) for name in names}
+    working = tuple(name for name, failure in failures.items() if failure is None)
+    told = [f"{name}: {failure}" for name, failure in failures.items() if failure]
+    if not working and told:
         warnings.warn(
-            f"the backend {name!r} does not work here, the slower reference runs instead: {error}",
+            f"no fast backend works here, the slower reference runs instead ({'; '.join(told)})",
             FewbitsWarning,
             stacklevel=2,
         )
-        return "reference"
-    return name
+    return (*working, "reference")
+
+
+@functools.cache
+def _failure(name: str) -> str | None:
+    """Why a backend does not work on this machine: "" if it is not installed, None if it works."""
+    if importlib.util.find_spec(_NEEDS.get(name, "torch")) is None:
+        return ""
+    try:
+        _load(name).check()
+    except Exception as error:  # a package that is there and does not work: Triton without a C compiler, for one
+        return str(error) or type(error).__name__
+    return None
 
 
 def _load(name: str) -> ModuleType:
@@ -106,27 +124,35 @@ def _load(name: str) -> ModuleType:
     return BACKENDS[name]
 
 
-def _implementation(op: str, device_type: str) -> Any:
-    name = backend_for(device_type)
-    module = BACKENDS.get(name) or _load(name)
-    device_types = getattr(module, "DEVICE_TYPES", None)
+@functools.cache
+def _implementations(op: str, device_type: str, forced: str | None) -> tuple[Any, ...]:
+    modules = [_load(name) for name in _chain(device_type, forced)]
+    device_types = getattr(modules[0], "DEVICE_TYPES", None)
     if device_types is not None and device_type not in device_types:
         raise ConfigError(
-            f"the backend {name!r} is forced and cannot run on a tensor of the device type {device_type!r}",
+            f"the backend {forced!r} is forced and cannot run on a tensor of the device type {device_type!r}",
             expected=f"tensors on {' or '.join(device_types)}",
             hint="unset FEWBITS_BACKEND, and each device gets its own (for tests, TRITON_INTERPRET=1 takes CPUs too)",
         )
-    return getattr(module, op, None) or getattr(reference, op)
+    return tuple(getattr(module, op) for module in modules if hasattr(module, op))
+
+
+def _run(implementations: tuple[Any, ...], *args: Any) -> Any:
+    for implementation in implementations:
+        out = implementation(*args)
+        if out is not NotImplemented:
+            return out
+    raise AssertionError("the reference serves everything")
 
 
 def _dispatcher(op: str) -> Any:
     def call(first: Tensor, *args: Any) -> Any:
         device_type = first.device.type
-        implementation = _implementation(op, device_type)
+        implementations = _implementations(op, device_type, _forced)
         if torch.is_autocast_enabled(device_type):  # an operator's own precision is not autocast's to choose
             with torch.autocast(device_type, enabled=False):
-                return implementation(first, *args)
-        return implementation(first, *args)
+                return _run(implementations, first, *args)
+        return _run(implementations, first, *args)
 
     return call
 
@@ -137,6 +163,30 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, _dispatcher(_name), "CompositeExplicitAutograd")
 
 ops = torch.ops.fewbits
+
+
+def unheard(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing records, transforms or traces a call on these tensors: it may skip PyTorch's dispatcher.
+
+    Three passes through it and its autograd take longer than a small product on a GPU.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in others)):
+        return False
+    return (
+        type(x) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def call(op: str, x: Tensor, *args: Any) -> Any:
+    """An operator past PyTorch's dispatcher; see :func:`unheard`."""
+    return _run(_implementations(op, x.device.type, _forced), x, *args)
+
 
 # ------------------------------------------------------------------------------------------------- fakes
 

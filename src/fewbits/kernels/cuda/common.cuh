@@ -1,0 +1,130 @@
+// What all kernels share. There are no includes: NVRTC then needs no toolkit's headers.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE __device__ __forceinline__
+
+// ---------------------------------------------------------------------------------------------- 16-bit numbers
+// BF16 says what x, the bias and the output are: bf16, or fp16.
+
+#if BF16
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#define PAIR_TYPE "bf16x2"
+#define NARROW "bf16"
+#else
+#define MMA_TYPES "f32.f16.f16.f32"
+#define PAIR_TYPE "f16x2"
+#define NARROW "f16"
+#endif
+
+DEVICE u16 narrowed(float value) {
+  u16 out;
+  asm("cvt.rn." NARROW ".f32 %0, %1;" : "=h"(out) : "f"(value));
+  return out;
+}
+
+DEVICE float widened(u16 value) {
+  float out;
+#if BF16
+  out = __uint_as_float(u32(value) << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value));
+#endif
+  return out;
+}
+
+// A bias is of x's dtype or fp32: 2 or 4 bytes an element; 0 says that there is none.
+DEVICE float bias_at(const void* bias, int bias_bytes, int n) {
+  if (bias_bytes == 0) return 0.0f;
+  return bias_bytes == 2 ? widened(((const u16*)bias)[n]) : ((const float*)bias)[n];
+}
+
+// ---------------------------------------------------------------------------------------------- matrix units
+
+// sums[16 x 8] += a[16 x 16] * b[16 x 8], in the layout of mma.m16n8k16: with g = lane / 4 and t = lane % 4 a thread
+// holds of a the rows g and g + 8 at columns 2t, 2t + 1 (a[0], a[1]) and 2t + 8, 2t + 9 (a[2], a[3]); of b the same rows
+// of column g (b0, b1); of the sums rows g (0, 1) and g + 8 (2, 3) at columns 2t, 2t + 1.
+DEVICE void multiply_add(float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---------------------------------------------------------------------------------------------- memory
+
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// 16 bytes from global to shared memory; of them only the first `bytes` are read, the rest are zeros
+DEVICE void copy_async(u32 to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+DEVICE uint4 load_16_bytes(const void* pointer) {
+  uint4 out;
+  asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "l"(pointer));
+  return out;
+}
+
+// With programmatic dependent launch a kernel begins while the one before it ends. What that one may have written is
+// read only after this wait, and the next kernel may begin only after it: what its neighbours two launches away wrote
+// is there then. Without such a launch it does nothing.
+DEVICE void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// A barrier in shared memory: a phase ends when so many arrivals have come. Whoever waits names the phase by its parity;
+// the phase before the first has ended.
+struct Barrier {
+  u64 state;
+
+  DEVICE void init(int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(arrivals) : "memory");
+  }
+  DEVICE void arrive() {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
+  }
+  DEVICE void wait(int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(this)), "r"(parity) : "memory");
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- codes
+
+// A byte holds two 4-bit codes, the first in its high half. This table has, for each of the 256 bytes, the two values
+// as a pair of 16-bit numbers, once for each of the 32 lanes, so that no two lanes meet in a bank. An entry begins every
+// 256 bytes (of which half are unused): then one byte permutation makes an address of a byte and a lane.
+constexpr int PAIR_TABLE_BYTES = 65536;
+
+template <int THREADS>
+DEVICE void fill_pair_table(u8* table, const u32* pairs) {
+  for (int i = threadIdx.x; i < 512; i += THREADS) {
+    const int entry = i >> 1, half = i & 1;
+    const u32 pair = pairs[entry];
+    const uint4 copies = make_uint4(pair, pair, pair, pair);
+#pragma unroll
+    for (int j = 0; j < 4; j++)  // neighbours begin at different banks
+      *(uint4*)(table + entry * 256 + ((2 * j + half + 2 * entry) & 7) * 16) = copies;
+  }
+}
+
+// the pair of byte BYTE of a word; lane4 is 4 * lane
+template <int BYTE>
+DEVICE u32 pair_of(const u8* table, u32 word, u32 lane4) {
+  return *(const u32*)(table + __byte_perm(word, lane4, 0x5504 | BYTE << 4));
+}

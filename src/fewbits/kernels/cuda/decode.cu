@@ -1,0 +1,361 @@
+// out[M, N] = x[M, K] @ weight[N, K].T + bias for a quantized weight and up to 16 rows of x: decoding a text.
+//
+// The weight is read once, as it lies. A block works on tiles of 16 * ROW_TILES rows of it, one after the other. Each of
+// its 16 warps takes chunks of 64 bytes of these rows, every 16th. Their codes come by asynchronous copies through a ring
+// of the warp's own, whose slots are 16 rows of a chunk, some slots ahead. A lane turns its codes into pairs of 16-bit
+// numbers that are operands of the matrix units as they come: which of the 16 columns of a step is which does not matter
+// to a sum, as long as x is permuted alike. Eight bits fit into bf16 and fp16; pairs of four bits are looked up (see
+// fill_pair_table). The sums of each quantization block of 4-bit codes are scaled in fp32; its scale was decoded by the
+// same warp, one chunk ahead. A row of 8-bit codes has one scale, and it comes last.
+//
+// What decides the time is not the memory but the instructions that decoding takes. So loops are unrolled until slots
+// and chunks are constants, and warps never wait for each other: the sums of a tile are added, in a fixed order, when
+// the next tile is done.
+//
+// Compiled for: BF16, BITS (4 or 8), FORMAT_BLOCK (elements of a quantization block), NESTED (double quantization),
+// COLUMN_TILES (8 rows of x each), ROW_TILES, CHUNKS (that a warp takes of a row), STAGES (slots of the ring, at most one
+// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024).
+
+struct Arguments {
+  const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
+  const void* scales;       // [N, K / FORMAT_BLOCK]: fp32, or codes in 8 bits; [N] fp32 for a weight in 8 bits
+  const float* nested;      // scale of each 256 of those
+  const float* offset;      // added to each scale
+  const float* dynamic;     // the values of the 256 codes
+  const u32* pairs;         // the values of each byte's two codes, as 16-bit numbers
+  const u16* x;             // [M, K], rows x_stride apart
+  const void* bias;         // [N]
+  u16* out;                 // [M, N]
+  long long x_stride;
+  int m, n, k, bias_bytes;
+};
+
+constexpr int WARPS = 16, THREADS = 32 * WARPS;
+constexpr int ROWS = 16 * ROW_TILES;
+constexpr int CHUNK = 64 * 8 / BITS;                   // columns
+constexpr int UNIT = FORMAT_BLOCK < 64 ? 32 : 64;      // columns that share a scale and go to the matrix units together
+constexpr int UNITS = CHUNK / UNIT, STEPS = UNIT / 16;
+constexpr int CHUNK_SCALES = FORMAT_BLOCK < CHUNK ? CHUNK / FORMAT_BLOCK : 1;
+constexpr int SLOT = 1024, RING = STAGES * SLOT;
+constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
+constexpr int SCALES = ROWS * CHUNK_SCALES;            // floats of a chunk
+constexpr int PARTIAL_STRIDE = ROWS + 4;               // floats: what a warp writes at once lies in 32 banks
+constexpr bool X_STAYS = CHUNKS * UNITS * COLUMN_TILES * 2 * STEPS <= 64;  // in registers
+constexpr bool X_AHEAD = !X_STAYS && COLUMN_TILES == 1;
+constexpr int X_KEPT = X_STAYS ? CHUNKS : 1 + X_AHEAD;
+
+// one row's codes of a unit
+struct __align__(UNIT * BITS / 32) Codes {
+  u32 word[UNIT * BITS / 128];
+};
+
+// of a row and a chunk
+struct __align__(4 * CHUNK_SCALES) Scales {
+  float of[CHUNK_SCALES];
+};
+
+// the same as stored, on its way
+struct RawScales {
+  u32 codes[CHUNK_SCALES];
+  float nested[CHUNK_SCALES];
+  float plain[CHUNK_SCALES];
+};
+
+// of a lane of the matrix units: UNIT / 4 neighbouring columns of row g of x; two words are the b operands of a step
+typedef u32 Operands[UNITS][COLUMN_TILES][2 * STEPS];
+typedef float Sums[ROW_TILES][COLUMN_TILES][4];
+
+DEVICE void load_x(Operands& to, const Arguments& a, int chunk, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    const int column = chunk * CHUNK + u * UNIT + t * (UNIT / 4);
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      const int row = c * 8 + g;
+      const bool there = row < a.m && column < a.k;
+      const u16* from = a.x + (there ? row * a.x_stride + column : 0);
+#pragma unroll
+      for (int s = 0; s < STEPS; s += 2) {
+        const uint4 words = there ? load_16_bytes(from + s * 4) : make_uint4(0, 0, 0, 0);
+        to[u][c][2 * s] = words.x, to[u][c][2 * s + 1] = words.y;
+        to[u][c][2 * s + 2] = words.z, to[u][c][2 * s + 3] = words.w;
+      }
+    }
+  }
+}
+
+#if BITS == 8
+
+// two of a word's four signed bytes, the first two or the last two: exact in either dtype
+template <int HALF>
+DEVICE u32 pair_of_bytes(u32 word) {
+  u32 out;
+#if BF16
+  // 0x43 and a byte are 128 + its low 7 bits, or 128 and 256 where only the sign bit is left
+  const u32 biased = __byte_perm(word, 0x43434343, HALF ? 0x4342 : 0x4140);
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(biased & 0xFF7FFF7F), "r"(biased & 0xFF80FF80));
+#else
+  // 0x64 and a byte without sign are 1024 + the byte
+  const u32 biased = __byte_perm(word ^ 0x80808080, 0x64646464, HALF ? 0x4342 : 0x4140);
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(biased), "r"(0x64806480));
+#endif
+  return out;
+}
+
+// codes: of a slot, at the lane's row g and columns
+DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes) {
+  const Codes upper = *(const Codes*)codes, lower = *(const Codes*)(codes + 512);
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) {
+    const u32 operand[4] = {pair_of_bytes<0>(upper.word[s]), pair_of_bytes<0>(lower.word[s]),
+                            pair_of_bytes<1>(upper.word[s]), pair_of_bytes<1>(lower.word[s])};
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) multiply_add(sums[c], operand, x[0][c][2 * s], x[0][c][2 * s + 1]);
+  }
+}
+
+#else
+
+// codes: of a slot, at the lane's row g and columns by unit; scales: of the chunk, at row g
+DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes, const int (&unit_at)[UNITS],
+                     const float* scales, const u8* table, u32 lane4) {
+  const Scales upper_scales = *(const Scales*)scales, lower_scales = *(const Scales*)(scales + 8 * CHUNK_SCALES);
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    const u8* from = codes + unit_at[u];
+    const Codes upper = *(const Codes*)from, lower = *(const Codes*)(from + 512);
+    float part[COLUMN_TILES][4] = {};
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) {
+      const u32 w0 = upper.word[s / 2], w1 = lower.word[s / 2];
+      u32 operand[4];
+      if (s & 1) {
+        operand[0] = pair_of<2>(table, w0, lane4), operand[2] = pair_of<3>(table, w0, lane4);
+        operand[1] = pair_of<2>(table, w1, lane4), operand[3] = pair_of<3>(table, w1, lane4);
+      } else {
+        operand[0] = pair_of<0>(table, w0, lane4), operand[2] = pair_of<1>(table, w0, lane4);
+        operand[1] = pair_of<0>(table, w1, lane4), operand[3] = pair_of<1>(table, w1, lane4);
+      }
+#pragma unroll
+      for (int c = 0; c < COLUMN_TILES; c++) multiply_add(part[c], operand, x[u][c][2 * s], x[u][c][2 * s + 1]);
+    }
+    const float scale0 = upper_scales.of[u * CHUNK_SCALES / UNITS];
+    const float scale1 = lower_scales.of[u * CHUNK_SCALES / UNITS];
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++) {
+      sums[c][0] += scale0 * part[c][0], sums[c][1] += scale0 * part[c][1];
+      sums[c][2] += scale1 * part[c][2], sums[c][3] += scale1 * part[c][3];
+    }
+  }
+}
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) u8 shared[];
+  __shared__ Barrier summed[2], added[2];  // the warps' sums of a tile are there; they have been added
+  __shared__ float dynamic[256];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
+  const u32 lane4 = lane * 4;
+  const int row_bytes = a.k * BITS / 8, row_blocks = a.k / FORMAT_BLOCK;
+  const int chunks = (a.k + CHUNK - 1) / CHUNK, tiles = (a.n + ROWS - 1) / ROWS;
+  const int own_tiles = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+  const int partials = WARPS * a.m * PARTIAL_STRIDE;  // floats of a buffer
+
+  u8* table = shared;
+  u8* rings = table + (BITS == 4 ? PAIR_TABLE_BYTES : 0);
+  u8* ring = rings + warp * RING;
+  float* own_scales = (float*)(rings + WARPS * RING) + warp * 2 * SCALES;
+  float* partial = (float*)(rings + WARPS * RING) + (BITS == 4 ? WARPS * 2 * SCALES : 0);
+
+  // ------------------------------------------------------------------------------------------ codes on their way
+  // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row of 64 bytes the four pieces change
+  // places so that lanes that read 8 (or 4) bytes each of 8 rows below find them in different banks; 16 they do as it is.
+  const int piece = lane & 3;
+  auto swizzle = [](int row) { return BITS == 8 ? 0 : (row >> 1 & 1) * 2 | (row >> 2 & 1); };
+  const u32 copy_to = shared_address(ring) + g * 64 + (piece ^ swizzle(g)) * 16;
+  const long long tile_bytes = (long long)gridDim.x * ROWS * row_bytes;
+  const u8* copy_from = a.packed + ((long long)blockIdx.x * ROWS + g) * row_bytes + warp * 64 + piece * 16;
+  // slot r of chunk i of the tile that the warp is at, or of the next one
+  auto copy = [&](int index, int i, int r, int slot) {
+    const bool next = i >= CHUNKS;
+    if (next) i -= CHUNKS;
+    if ((!next || index + 1 < own_tiles) && (WHOLE || i * WARPS + warp < chunks)) {
+      const u8* from = copy_from + (next ? tile_bytes : 0) + i * (WARPS * 64);
+      long long upper = (long long)(r * 16) * row_bytes, lower = (long long)(r * 16 + 8) * row_bytes;
+      bool there = true;
+      if (!WHOLE) {  // rows past the last are read as the last, and not written
+        const int first = (blockIdx.x + (index + next) * gridDim.x) * ROWS + g;
+        upper = (long long)(min(first + r * 16, a.n - 1) - first) * row_bytes;
+        lower = (long long)(min(first + r * 16 + 8, a.n - 1) - first) * row_bytes;
+        there = (i * WARPS + warp) * 64 + piece * 16 < row_bytes;
+      }
+      copy_async(copy_to + slot * SLOT, there ? from + upper : a.packed, there ? 16 : 0);
+      copy_async(copy_to + slot * SLOT + 512, there ? from + lower : a.packed, there ? 16 : 0);
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) copy(0, s / ROW_TILES, s % ROW_TILES, s);
+
+  // ------------------------------------------------------------------------------------------ scales
+  // a lane reads those of one row
+#if BITS == 4
+  const float offset = NESTED ? *a.offset : 0.0f;
+  auto read_scales = [&](int index, int i) {
+    RawScales raw = {};
+    index += i / CHUNKS, i %= CHUNKS;
+    const int chunk = i * WARPS + warp;
+    if (index < own_tiles && (WHOLE || chunk < chunks) && lane < ROWS) {
+      int row = (blockIdx.x + index * gridDim.x) * ROWS + lane;
+      if (!WHOLE) row = min(row, a.n - 1);
+      const int column = FORMAT_BLOCK < CHUNK ? chunk * CHUNK_SCALES : chunk / (FORMAT_BLOCK / CHUNK);
+      const u32 block = (u32)row * row_blocks + column;
+      if constexpr (WHOLE && NESTED && CHUNK_SCALES > 1) {  // neighbours in one read, under one scale of scales
+        const u32 codes = CHUNK_SCALES == 2 ? *(const u16*)((const u8*)a.scales + block)
+                                            : *(const u32*)((const u8*)a.scales + block);
+        raw.nested[0] = a.nested[block >> 8];
+#pragma unroll
+        for (int s = 0; s < CHUNK_SCALES; s++) raw.codes[s] = codes >> 8 * s & 255, raw.nested[s] = raw.nested[0];
+      } else if constexpr (WHOLE && CHUNK_SCALES > 1) {
+        const Scales plain = *(const Scales*)((const float*)a.scales + block);
+#pragma unroll
+        for (int s = 0; s < CHUNK_SCALES; s++) raw.plain[s] = plain.of[s];
+      } else {
+#pragma unroll
+        for (int s = 0; s < CHUNK_SCALES; s++)
+          if (WHOLE || column + s < row_blocks) {
+            if constexpr (NESTED) {
+              raw.codes[s] = ((const u8*)a.scales)[block + s];
+              raw.nested[s] = a.nested[(block + s) >> 8];
+            } else {
+              raw.plain[s] = ((const float*)a.scales)[block + s];
+            }
+          }
+      }
+    }
+    return raw;
+  };
+  auto write_scales = [&](int buffer, const RawScales& raw) {
+    if (ROWS == 32 || lane < ROWS) {
+      Scales decoded;
+#pragma unroll
+      for (int s = 0; s < CHUNK_SCALES; s++)
+        decoded.of[s] = NESTED ? dynamic[raw.codes[s]] * raw.nested[s] + offset : raw.plain[s];
+      *(Scales*)(own_scales + buffer * SCALES + lane * CHUNK_SCALES) = decoded;
+    }
+  };
+  RawScales raw = read_scales(0, 0), following = read_scales(0, 1);
+#endif
+
+  // ------------------------------------------------------------------------------------------ tables, then x
+  if (thread == 0)
+    for (int b = 0; b < 2; b++) summed[b].init(WARPS), added[b].init(WARPS);
+#if BITS == 4
+  if (NESTED && thread < 256) dynamic[thread] = a.dynamic[thread];
+  fill_pair_table<THREADS>(table, a.pairs);
+#endif
+  __syncthreads();
+#if BITS == 4
+  write_scales(0, raw);
+  raw = following;
+#endif
+  wait_for_previous_kernel();
+  Operands x[X_KEPT];
+  if constexpr (X_STAYS) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) load_x(x[i], a, i * WARPS + warp, lane);
+  }
+
+  // ------------------------------------------------------------------------------------------ tile after tile
+#if BITS == 4
+  int unit_at[UNITS];
+#pragma unroll
+  for (int u = 0; u < UNITS; u++)
+    unit_at[u] = UNIT == 64 ? ((u * 2 + (t >> 1)) ^ swizzle(g)) * 16 + (t & 1) * 8 : (u ^ swizzle(g)) * 16 + t * 4;
+#endif
+  const u8* own_codes = ring + g * 64;
+  int slot = 0, scale_buffer = 0;
+  Sums sums;
+  auto take = [&](int index, int i, const Operands& operands) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+      wait_for_copies<STAGES - 2>();
+      __syncwarp();
+      copy(index, i + (r + STAGES - 1) / ROW_TILES, (r + STAGES - 1) % ROW_TILES, slot == 0 ? STAGES - 1 : slot - 1);
+      const bool there = WHOLE || i * WARPS + warp < chunks;
+#if BITS == 4
+      if (r == 0) {
+        write_scales(scale_buffer ^ 1, raw);
+        raw = read_scales(index, i + 2);
+      }
+      const float* scales = own_scales + scale_buffer * SCALES + (r * 16 + g) * CHUNK_SCALES;
+      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, scales, table, lane4);
+#else
+      if (there) multiply(sums[r], operands, own_codes + slot * SLOT + t * 16);
+#endif
+      slot = slot == STAGES - 1 ? 0 : slot + 1;
+    }
+    scale_buffer ^= 1;
+  };
+  auto add = [&](int index) {  // the sums of one of the block's tiles
+    const float* buffer = partial + (index & 1) * partials;
+    summed[index & 1].wait(index >> 1 & 1);
+    for (int i = thread; i < a.m * ROWS; i += THREADS) {
+      const int row = i % ROWS, column = i / ROWS, n = (blockIdx.x + index * gridDim.x) * ROWS + row;
+      const float* from = buffer + column * PARTIAL_STRIDE + row;
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sum += from[w * a.m * PARTIAL_STRIDE];
+      if (BITS == 8) sum *= n < a.n ? ((const float*)a.scales)[n] * (1.0f / 127.0f) : 0.0f;
+      if (WHOLE || n < a.n) a.out[(long long)column * a.n + n] = narrowed(sum + bias_at(a.bias, a.bias_bytes, n));
+    }
+    __syncwarp();
+    if (lane == 0) added[index & 1].arrive();
+  };
+  for (int index = 0; index < own_tiles; index++) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[r][c][e] = 0.0f;
+    if (TILE_SLOTS % STAGES == 0) slot = 0;  // as it is: so the compiler knows
+    if (CHUNKS % 2 == 0) scale_buffer = 0;
+    if constexpr (X_STAYS) {
+#pragma unroll
+      for (int i = 0; i < CHUNKS; i++) take(index, i, x[i]);
+    } else {
+      if (X_AHEAD) load_x(x[0], a, warp, lane);
+#pragma unroll 1
+      for (int i = 0; i < CHUNKS; i++) {
+        load_x(x[X_AHEAD], a, (i + X_AHEAD) * WARPS + warp, lane);  // past the last chunk it is zeros
+        take(index, i, x[0]);
+        if constexpr (X_AHEAD) {
+#pragma unroll
+          for (int u = 0; u < UNITS; u++)
+#pragma unroll
+            for (int w = 0; w < 2 * STEPS; w++) x[0][u][0][w] = x[1][u][0][w];
+        }
+      }
+    }
+    copy_from += tile_bytes;
+    added[index & 1].wait(index >> 1 & 1 ^ 1);
+    float* to = partial + (index & 1) * partials + (warp * a.m + 2 * t) * PARTIAL_STRIDE + g;
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int column = c * 8 + (e & 1);
+        if (2 * t + column < a.m) {
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; r++) to[column * PARTIAL_STRIDE + r * 16 + (e >> 1) * 8] = sums[r][c][e];
+        }
+      }
+    __syncwarp();
+    if (lane == 0) summed[index & 1].arrive();
+    if (index > 0) add(index - 1);
+  }
+  add(own_tiles - 1);
+}

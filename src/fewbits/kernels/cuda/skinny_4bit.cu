@@ -1,0 +1,531 @@
+// out[M, N] = x[M, K] @ weight[N, K].T + bias for a weight in 4 bits and some tens of rows of x: a prompt's start, or the
+// texts of a batch. For one Hopper GPU (sm_90a).
+//
+// The weight is read once per TILE_M rows of x. A block of WARPGROUPS * 4 warps works on 64 rows of the weight per
+// warpgroup, 16 per warp, in chunks of 128 columns. Asynchronous copies fill a ring of chunks in shared memory ahead: a
+// warp copies the codes of its own rows, all warps together copy x. A lane turns codes into pairs of 16-bit numbers (see
+// fill_pair_table), which are the first operand of the matrix units (wgmma) as they come: registers; the second one is x
+// in shared memory. While they multiply 64 columns, the warp decodes the next 64.
+//
+// What the warps wait for at each chunk is that all of x is there, and that none still reads the part of the ring that is
+// filled next. That barrier has two halves: a warp says early that it is ready, and waits only half a chunk later.
+//
+// All chunks of all rows stand in one line, row after row, and each block takes an equal stretch of it, wherever that
+// begins and ends: so any number of blocks has the same amount to do. Where several blocks share a tile of rows, each
+// leaves its sums in the workspace, and the last of them to come adds them up, in the order of the columns: the result
+// does not depend on which one that was.
+//
+// FOLD says how the scales come in: multiplied into each pair of numbers, rounded to 16 bits, with sums that stay in the
+// matrix units from first to last; or each 64 columns' sums are scaled in fp32, which is more exact and takes registers.
+//
+// Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block: 64 or more), NESTED (double quantization), TILE_M
+// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, tiles of rows of x.
+
+struct Arguments {
+  const u8* packed;         // [N, K / 2]
+  const void* scales;       // [N, K / FORMAT_BLOCK]: fp32, or codes in 8 bits
+  const float* nested;      // scale of each 256 of those
+  const float* offset;      // added to each scale
+  const float* dynamic;     // the values of the 256 codes
+  const u32* pairs;         // the values of each byte's two codes, as 16-bit numbers
+  const u16* x;             // [M, K], rows x_stride apart, each at a multiple of 16 bytes
+  const void* bias;         // [N]
+  u16* out;                 // [M, N]
+  long long x_stride;
+  int m, n, k, bias_bytes;
+  float* workspace;         // [tiles of x, blocks + tiles of the weight, ROWS * TILE_M]
+  u32* counters;            // [tiles of x, tiles of the weight]: zeros, before and after
+  int each, longer;         // chunks of a block: `each`, and one more for the first `longer` blocks
+};
+
+constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS;
+constexpr int ROWS = 64 * WARPGROUPS;                     // of the weight, in a tile
+constexpr int CHUNK = 128;                                // columns
+constexpr int X_HALF = TILE_M * 128, X_BYTES = 2 * X_HALF;  // 64 columns of x, and a chunk's
+constexpr int SLOT = X_BYTES + ROWS * CHUNK / 2;
+constexpr int LEAD = STAGES - 2;                          // chunks on their way besides the one in work and the one before
+constexpr int SUMS = TILE_M / 2;                          // of a thread: 64 rows by TILE_M over 128 threads
+// 16-column steps of the matrix units from one operand to the next: 64 columns, or 32 where registers are short
+constexpr int STEPS = FOLD && TILE_M == 128 && WARPGROUPS == 4 ? 2 : 4, GROUPS = 8 / STEPS;
+constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : TILE_M == 64 ? 2 : 1;  // read when blocks' sums are added up
+constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;          // chunks that eight scales of a row are for
+static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && X_BYTES % 1024 == 0 && SLOT % 1024 == 0);
+
+// ---------------------------------------------------------------------------------------------- matrix units
+
+// sums[64 x TILE_M] += a[64 x 16] * x[TILE_M x 16].T by the four warps of a warpgroup, each with 16 of the 64 rows; the
+// operand a and, eight columns at a time, the sums lie in registers as in multiply_add. `accumulate` = 0 overwrites.
+#define LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST_32 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_64                                                                                             \
+  LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50" \
+          ", %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+#define WGMMA(shape, list, a0, a1, a2, a3, x, accumulate)                                            \
+  "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0; wgmma.mma_async.sync.aligned." shape ".f32." NARROW "." NARROW \
+  " {" list "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " x ", p, 1, 1, 0; }"
+
+DEVICE void multiply_16(float (&sums)[SUMS], const u32 (&a)[4], u64 x, int accumulate) {
+#if TILE_M == 32
+  asm volatile(WGMMA("m64n32k16", LIST_16, "%16", "%17", "%18", "%19", "%20", "%21")
+               : SUMS_16(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(accumulate));
+#elif TILE_M == 64
+  asm volatile(WGMMA("m64n64k16", LIST_32, "%32", "%33", "%34", "%35", "%36", "%37")
+               : SUMS_16(0), SUMS_16(16)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(accumulate));
+#elif TILE_M == 128
+  asm volatile(WGMMA("m64n128k16", LIST_64, "%64", "%65", "%66", "%67", "%68", "%69")
+               : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(accumulate));
+#else
+#error "TILE_M is 32, 64 or 128"
+#endif
+}
+
+typedef u32 Operand[STEPS][4];
+
+// some steps, one group to wait for; x is where these columns of x lie
+DEVICE void multiply_group(float (&sums)[SUMS], const Operand& operand, u32 x, bool accumulate) {
+  // 128 bytes of each of 8 rows, swizzled, lie together; the next 8 rows 1024 bytes further
+  const u64 second = 1ull << 62 | (u64)(1024 >> 4) << 32 | 1 << 16 | x >> 4;
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) multiply_16(sums, operand[s], second + s * (32 >> 4), accumulate || s > 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING>
+DEVICE void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// What is done with the sums is not to come before the wait for them.
+DEVICE void sums_are_there(float (&sums)[SUMS]) {
+#pragma unroll
+  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// the matrix units read shared memory on a path of their own: what this thread wrote is to be there, too
+DEVICE void show_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+DEVICE u32 pair_of_two(float low, float high) {
+  u32 out;
+  asm("cvt.rn." PAIR_TYPE ".f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+DEVICE u32 product_of_pairs(u32 left, u32 right) {
+  u32 out;
+  asm("mul.rn." PAIR_TYPE " %0, %1, %2;" : "=r"(out) : "r"(left), "r"(right));
+  return out;
+}
+
+// an 8 x 8 matrix of 16-bit numbers, two of row lane / 4 in each lane, transposed
+DEVICE u32 transposed(u32 pair) {
+  u32 out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------- memory
+
+// 16 bytes of codes; the codes of the next chunks are fetched as far as the second-level cache
+DEVICE void copy_codes_async(u32 to, const u8* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+}
+
+DEVICE void make_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+DEVICE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+DEVICE void wait_for_all(u32 barrier, u32 parity) {
+  u32 there;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(there)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (!there);
+}
+
+// How often the counter was counted up before; the last of `others` + 1 times leaves a zero. What the block wrote before
+// a barrier before it is there for a block that reads after a barrier after its own later count.
+DEVICE u32 count_up(u32* counter, u32 others) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(others)
+               : "memory");
+  return before;
+}
+
+// ---------------------------------------------------------------------------------------------- scales
+
+// Four neighbouring scales of a row as they lie in memory.
+struct RawScales {
+#if NESTED
+  u32 low, high;      // two aligned words that hold the four codes
+  float scale, next;  // of the first code's 256, and of the last one's where these are others
+#else
+  float value[4];
+#endif
+};
+
+// the four from `first` on; those past the last of all are not read
+DEVICE RawScales read_scales(const Arguments& a, long long first, long long all) {
+  RawScales raw;
+#if NESTED
+  const u8* codes = (const u8*)a.scales + first;
+  const int before = (u64)codes & 3;
+  raw.low = *(const u32*)(codes - before);
+  raw.high = before != 0 && first - before + 4 < all ? *(const u32*)(codes - before + 4) : 0;
+  raw.scale = a.nested[first >> 8];
+  raw.next = a.nested[min(first + 3, all - 1) >> 8];
+#else
+  const float* plain = (const float*)a.scales + first;
+  if (((u64)plain & 15) == 0 && first + 4 <= all) {
+    const float4 four = *(const float4*)plain;
+    raw.value[0] = four.x, raw.value[1] = four.y, raw.value[2] = four.z, raw.value[3] = four.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) raw.value[i] = first + i < all ? plain[i] : 0.0f;
+  }
+#endif
+  return raw;
+}
+
+// Each 256 bytes of the table of pairs have 128 unused: there the scales lie, and what their codes mean.
+DEVICE u8* gap(u8* table, int i) { return table + i * 256 + 128; }
+DEVICE u8* scale_at(u8* table, int warp, int row, int i) {  // scale i of the eight of a row of a warp's 16
+  return gap(table, warp * 4 + (i >> 2) * 2 + (row >> 3)) + (row & 7) * 16 + (i & 3) * 4;
+}
+DEVICE float* value_of_code(u8* table, int code) { return (float*)gap(table, WARPS * 4 + (code >> 5)) + (code & 31); }
+
+DEVICE void decode_scales(float (&value)[4], const RawScales& raw, const Arguments& a, u8* table, long long first) {
+#if NESTED
+  const u32 codes = __funnelshift_r(raw.low, raw.high, 8 * ((u32)(u64)a.scales + (u32)first & 3));
+  const float offset = *value_of_code(table, 256);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float scale = ((u32)first & 255) + i > 255 ? raw.next : raw.scale;
+    value[i] = *value_of_code(table, codes >> 8 * i & 255) * scale + offset;
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 4; i++) value[i] = raw.value[i];
+#endif
+}
+
+// As a thread wants them: fp32, or (FOLD) a pair of the same 16-bit number twice.
+#if FOLD
+typedef u32 Scale;
+DEVICE Scale wanted(float scale) { return pair_of_two(scale, scale); }
+#else
+typedef float Scale;
+DEVICE Scale wanted(float scale) { return scale; }
+#endif
+struct __align__(16) FourScales {
+  Scale value[4];
+};
+struct __align__(8) TwoScales {
+  Scale value[2];
+};
+
+// ---------------------------------------------------------------------------------------------- the kernel
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) u8 shared[];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
+  const u32 lane4 = lane * 4;
+  const int row_blocks = a.k / FORMAT_BLOCK;  // quantization blocks of a row
+  const int chunks = (a.k + CHUNK - 1) / CHUNK, row_bytes = a.k / 2;
+  const int tiles = (a.n + ROWS - 1) / ROWS;
+
+  // this block's stretch
+  const int begin = blockIdx.x * a.each + min((int)blockIdx.x, a.longer);
+  int left = a.each + ((int)blockIdx.x < a.longer), tile = begin / chunks, chunk = begin - tile * chunks;
+  if (left == 0) return;
+  auto block_of = [&](int chunk) {
+    const int before = a.longer * (a.each + 1);
+    return chunk < before ? chunk / (a.each + 1) : a.longer + (chunk - before) / a.each;
+  };
+
+  u8* table = shared;
+  u8* ring = table + PAIR_TABLE_BYTES;
+  const u32 ring_address = shared_address(ring), barrier = ring_address + STAGES * SLOT;
+  u32* last_to_come = (u32*)(ring + STAGES * SLOT + 8);
+
+  // ------------------------------------------------------------------------------------------ copies
+  // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row of 64 bytes the four pieces change
+  // places so that eight lanes that read the same piece of eight rows find them in different banks.
+  const int piece = lane & 3;
+  const u32 codes_to = X_BYTES + warp * 1024 + g * 64 + (piece ^ g >> 1) * 16;
+  int codes_tile = tile, codes_chunk = chunk;
+  auto copy_codes = [&](int slot) {
+    const u32 to = ring_address + slot * SLOT + codes_to;
+    const int row = codes_tile * ROWS + warp * 16 + g, at = codes_chunk * 64 + piece * 16;
+    const int rows = at < row_bytes ? a.n - row : 0;  // from this one on: what is past the last one gets zeros
+    const u8* from = a.packed + (long long)row * row_bytes + at;
+    copy_codes_async(to, from, rows > 0 ? 16 : 0);
+    copy_codes_async(to + 512, from + 8 * row_bytes, rows > 8 ? 16 : 0);
+    if (++codes_chunk == chunks) {
+      codes_chunk = 0;
+      codes_tile++;
+    }
+  };
+
+  // x: 16 neighbouring threads copy a row's 256 bytes, as two of 128 bytes whose eight pieces the row's number permutes:
+  // so the matrix units want it.
+  constexpr int X_ROWS = THREADS / 16, X_COPIES = TILE_M / X_ROWS;
+  const int x_row = thread >> 4, x_piece = thread & 15;
+  const u32 x_to = (x_piece >> 3) * X_HALF + x_row * 128 + ((x_piece ^ x_row) & 7) * 16;
+  const u16* x_from = a.x + (blockIdx.y * TILE_M + x_row) * a.x_stride + x_piece * 8;
+  const int m = min(TILE_M, a.m - (int)blockIdx.y * TILE_M);
+  auto copy_x = [&](int slot, int chunk) {
+    const u32 to = ring_address + slot * SLOT + x_to;
+    const int rows = chunk * CHUNK + x_piece * 8 < a.k ? m : 0;
+#pragma unroll
+    for (int c = 0; c < X_COPIES; c++)
+      copy_async(to + c * X_ROWS * 128, x_from + chunk * CHUNK + c * X_ROWS * a.x_stride,
+                 x_row + c * X_ROWS < rows ? 16 : 0);
+  };
+
+  // ------------------------------------------------------------------------------------------ scales
+  // A warp decodes eight scales of each of its rows at a time, a lane four of them: those of the row of its 16 that its
+  // low four bits tell. They are read from memory when the eight before begin.
+  const long long all_scales = (long long)a.n * row_blocks;
+  auto window_row = [&](int tile) { return (long long)min(tile * ROWS + warp * 16 + (lane & 15), a.n - 1) * row_blocks; };
+  auto window_first = [&](int chunk) { return chunk / WINDOW * 8 + (lane >> 4) * 4; };
+  auto read_window = [&](int tile, int chunk) {
+    return read_scales(a, window_row(tile) + min(window_first(chunk), row_blocks - 1), all_scales);
+  };
+  RawScales raw = read_window(tile, chunk);
+  auto write_window = [&] {
+    const int first = window_first(chunk);
+    FourScales four;
+    float value[4];
+    decode_scales(value, raw, a, table, window_row(tile) + min(first, row_blocks - 1));
+#pragma unroll
+    for (int i = 0; i < 4; i++) four.value[i] = wanted(first + i < row_blocks ? value[i] : 0.0f);  // or a last half chunk
+    *(FourScales*)(scale_at(table, warp, lane & 15, (lane >> 4) * 4)) = four;
+    __syncwarp();
+    const int next = (chunk / WINDOW + 1) * WINDOW;
+    raw = next < chunks ? read_window(tile, next) : read_window(tile + 1, 0);
+  };
+  Scale scales[2][2];  // of a chunk's halves, rows g and g + 8 of the warp's
+  auto take_scales = [&] {
+    const int block = chunk * CHUNK / FORMAT_BLOCK & 7;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const u8* from = scale_at(table, warp, g + r * 8, block);
+      if constexpr (FORMAT_BLOCK < CHUNK) {
+        const TwoScales two = *(const TwoScales*)from;
+        scales[0][r] = two.value[0], scales[1][r] = two.value[1];
+      } else {
+        scales[0][r] = scales[1][r] = *(const Scale*)from;
+      }
+    }
+  };
+  auto next_scales = [&] {
+    if (chunk % WINDOW == 0) write_window();
+    take_scales();
+  };
+
+  // ------------------------------------------------------------------------------------------ codes to operands
+  // Of each 16 columns, 8 bytes of a row, a thread has bytes t and t + 4: it reads all, its four neighbours the same, and
+  // takes its own byte of each word.
+  const u32 own_byte = 0x5504 | t << 4;
+  const u32 own_codes = X_BYTES + warp * 1024 + g * 64;
+  auto decode = [&](Operand& operand, int slot, int group) {
+    const u8* codes = ring + slot * SLOT + own_codes;
+#pragma unroll
+    for (int q = 0; q < STEPS / 2; q++) {
+      const int piece = group * (STEPS / 2) + q;  // 16 bytes: 32 columns
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const uint4 words = *(const uint4*)(codes + r * 512 + (piece ^ g >> 1) * 16);
+        const u32 word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          u32 pair = *(const u32*)(table + __byte_perm(word[i], lane4, own_byte));
+#if FOLD
+          pair = product_of_pairs(pair, scales[piece / 2][r]);
+#endif
+          operand[q * 2 + i / 2][i % 2 * 2 + r] = pair;
+        }
+      }
+    }
+  };
+
+  // ------------------------------------------------------------------------------------------ sums
+  float sums[SUMS];
+  auto clear_sums = [&] {
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
+  };
+  [[maybe_unused]] float part[FOLD ? 1 : SUMS];  // of 64 columns
+  auto add_part = [&](int half) {
+#if !FOLD
+    wait_for_products<0>();
+    sums_are_there(part);
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] += scales[half][i >> 1 & 1] * part[i];
+#endif
+  };
+  auto multiply = [&](const Operand& operand, int slot, int group) {
+    const int column = group * STEPS * 16;
+    const u32 x = ring_address + slot * SLOT + column / 64 * X_HALF + column % 64 * 2;
+#if FOLD
+    multiply_group(sums, operand, x, true);
+#else
+    multiply_group(part, operand, x, false);
+#endif
+  };
+
+  // Where other blocks have chunks of the tile as well, all leave their sums; true for the last block to come, with all
+  // of them added up.
+  auto all_added = [&] {
+    const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1), own = blockIdx.x;
+    if (first == last) return true;
+    // block + tile is another number for each block and tile that meet
+    constexpr int PART = ROWS * TILE_M;
+    float* parts = a.workspace + ((long long)blockIdx.y * (gridDim.x + tiles) + tile) * PART + thread * 4;
+    float* own_part = parts + (long long)own * PART;
+#pragma unroll
+    for (int c = 0; c < TILE_M / 8; c++)
+      __stcg((float4*)(own_part + c * THREADS * 4),
+             make_float4(sums[4 * c], sums[4 * c + 1], sums[4 * c + 2], sums[4 * c + 3]));
+    __syncthreads();
+    if (thread == 0) *last_to_come = count_up(a.counters + blockIdx.y * tiles + tile, last - first) == last - first;
+    __syncthreads();
+    if (!*last_to_come) return false;
+    // x + y is y + x: only from the third block on its own sums are not what to begin with
+    const bool keep = own - first <= 1;
+    if (!keep) clear_sums();
+#pragma unroll PARTS_AT_ONCE
+    for (int i = first; i <= last - keep; i++) {
+      const float* part = parts + (long long)(i + (keep && i >= own)) * PART;
+#pragma unroll
+      for (int c = 0; c < TILE_M / 8; c++) {
+        const float4 four = __ldcg((const float4*)(part + c * THREADS * 4));
+        sums[4 * c] += four.x, sums[4 * c + 1] += four.y, sums[4 * c + 2] += four.z, sums[4 * c + 3] += four.w;
+      }
+    }
+    return true;
+  };
+
+  auto write_out = [&] {
+    const int row = tile * ROWS + warp * 16;
+    const float bias0 = bias_at(a.bias, a.bias_bytes, min(row + g, a.n - 1));
+    const float bias1 = bias_at(a.bias, a.bias_bytes, min(row + g + 8, a.n - 1));
+    u16* out = a.out + (long long)blockIdx.y * TILE_M * a.n;
+#pragma unroll
+    for (int c = 0; c < TILE_M / 8; c++) {
+      if (c * 8 >= m) break;
+      const float* from = sums + 4 * c;
+      u32 upper = pair_of_two(from[0] + bias0, from[1] + bias0), lower = pair_of_two(from[2] + bias1, from[3] + bias1);
+      if ((a.n & 3) == 0) {
+        // four neighbours of one row of the output for each lane, 16 for four lanes: whole sectors of memory
+        upper = transposed(upper), lower = transposed(lower);
+        const u32 other = __shfl_xor_sync(0xFFFFFFFF, t & 1 ? upper : lower, 1);
+        const int n = row + (t & 1) * 8 + (t & 2) * 2, at = c * 8 + g;
+        if (at < m && n < a.n)
+          *(uint2*)(out + (long long)at * a.n + n) = t & 1 ? make_uint2(other, lower) : make_uint2(upper, other);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int n = row + g + (i & 2) * 4, at = c * 8 + t * 2 + (i & 1);
+          const u32 pair = i & 2 ? lower : upper;
+          if (at < m && n < a.n) out[(long long)at * a.n + n] = (u16)(i & 1 ? pair >> 16 : pair);
+        }
+      }
+    }
+  };
+
+  // ------------------------------------------------------------------------------------------ first copies
+#pragma unroll
+  for (int s = 0; s < LEAD; s++)
+    if (s < left) copy_codes(s);
+  commit_copies();
+  if (thread == 0) make_barrier(barrier, WARPS);
+  if (NESTED && thread < 256) *value_of_code(table, thread) = a.dynamic[thread];
+  if (NESTED && thread == 0) *value_of_code(table, 256) = *a.offset;
+  fill_pair_table<THREADS>(table, a.pairs);
+  __syncthreads();
+  write_window();
+  take_scales();
+  wait_for_previous_kernel();
+  for (int s = 0, at = chunk; s < LEAD; s++) {
+    if (s < left) copy_x(s, at);
+    commit_copies();
+    if (++at == chunks) at = 0;
+  }
+  clear_sums();
+  Operand operands[2];  // of one group in work, and the next
+  wait_for_copies<LEAD>();
+  __syncwarp();
+  decode(operands[0], 0, 0);
+  auto ready = [&] {
+    show_matrix_units();
+    __syncwarp();
+    if (lane == 0) arrive(barrier);
+  };
+  wait_for_copies<LEAD - 1>();
+  ready();
+
+  // ------------------------------------------------------------------------------------------ chunk by chunk
+  int slot = 0;
+  u32 parity = 0;
+  while (true) {
+    clear_sums();
+    const int tile_end = min(chunks, chunk + left);
+#pragma unroll 1
+    while (chunk < tile_end) {
+      wait_for_all(barrier, parity);
+      parity ^= 1;
+#pragma unroll
+      for (int group = 0; group < GROUPS; group++) {
+        Operand& next = operands[(group + 1) % 2];
+        multiply(operands[group % 2], slot, group);
+        if (group == 0) {
+          if (left > LEAD) {  // no warp is still at the chunk before the last: its place is free
+            const int free = slot < 2 ? slot + LEAD : slot - 2;
+            copy_x(free, codes_chunk);
+            copy_codes(free);
+          }
+          commit_copies();
+        }
+        if (FOLD) wait_for_products<1>();  // those of the group before: their operand is free
+        if (group + 1 < GROUPS) {
+          decode(next, slot, group + 1);
+          if (!FOLD) add_part(group);
+          continue;
+        }
+        if (++slot == STAGES) slot = 0;
+        if (--left > 0) {
+          wait_for_copies<LEAD - 1>();
+          ready();
+        }
+        const bool more = ++chunk < tile_end;
+        if (FOLD && more) next_scales();
+        if (more) decode(next, slot, 0);
+        if (!FOLD) add_part(group);
+        if (!FOLD && more) next_scales();
+      }
+    }
+#if FOLD
+    wait_for_products<0>();
+    sums_are_there(sums);
+#endif
+    if (all_added()) write_out();
+    if (left == 0) break;
+    tile++;
+    chunk = 0;
+    next_scales();
+    decode(operands[0], slot, 0);
+  }
+}
