@@ -13,6 +13,7 @@ LLM.int8(), for a module with the parameter ``weight``:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -153,22 +154,33 @@ def _parsed(group: Group, quant_state: Tensor | None) -> tuple[QuantSpec, list[i
     try:
         if quant_state is None or quant_state.dtype != torch.uint8 or quant_state.dim() != 1:
             raise ValueError("it is no row of bytes")
-        state = json.loads(bytes(quant_state.cpu().tolist()))
-        spec = QuantSpec(state["quant_type"], state["blocksize"], "nested_absmax" in group.keys)
-        shape, dtype = [int(d) for d in state["shape"]], getattr(torch, state["dtype"])
-        if not dtype.is_floating_point or any(d < 0 for d in shape) or spec.format != group.format:
-            raise ValueError(f"{spec.format} of {dtype} and shape {shape}")
-        if spec.double_quant and (state["nested_blocksize"] != NESTED_BLOCK or "nested_quant_map" not in group.keys):
-            raise ValueError(f"double quantization in blocks of {state['nested_blocksize']}")
-        if spec.double_quant and not math.isfinite(state["nested_offset"]):
-            raise ValueError(f"offset {state['nested_offset']}")
+        text = bytes(quant_state.cpu().tolist())
+        spec, shape, dtype, offset = _parsed_text(text, "nested_absmax" in group.keys)
+        if spec.format != group.format:
+            raise ValueError(f"{spec.format} under the name of {group.format}")
+        if spec.double_quant and "nested_quant_map" not in group.keys:
+            raise ValueError("double quantization without its table")
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, FewbitsError) as error:
         raise CheckpointError(
             f"the quantization state cannot be understood ({type(error).__name__}: {error})".splitlines()[0],
             parameter=group.name,
             expected="JSON with quant_type, blocksize, dtype, shape [, nested_blocksize, nested_dtype, nested_offset]",
         ) from error
-    return spec, shape, dtype, state["nested_offset"] if spec.double_quant else 0.0
+    return spec, list(shape), dtype, offset
+
+
+@functools.lru_cache(maxsize=4096)  # each is asked for twice: to match it, and to decode it
+def _parsed_text(text: bytes, double_quant: bool) -> tuple[QuantSpec, tuple[int, ...], torch.dtype, float]:
+    state = json.loads(text)
+    spec = QuantSpec(state["quant_type"], state["blocksize"], double_quant)
+    shape, dtype = tuple(int(d) for d in state["shape"]), getattr(torch, state["dtype"])
+    if not dtype.is_floating_point or any(d < 0 for d in shape):
+        raise ValueError(f"{spec.format} of {dtype} and shape {list(shape)}")
+    if double_quant and state["nested_blocksize"] != NESTED_BLOCK:
+        raise ValueError(f"double quantization in blocks of {state['nested_blocksize']}")
+    if double_quant and not math.isfinite(state["nested_offset"]):
+        raise ValueError(f"offset {state['nested_offset']}")
+    return spec, shape, dtype, state["nested_offset"] if double_quant else 0.0
 
 
 def decode(

@@ -70,9 +70,12 @@ def _limits(device: int) -> tuple[int, int]:
 def _decode(
     n: int, k: int, tiles: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
 ) -> tuple[Kernel, int] | None:
-    """The kernel for up to ``8 * tiles`` rows of x and how many blocks run it; None where it does not serve."""
+    """The kernel for up to ``8 * tiles`` rows of x and how many blocks run it; None where it does not serve.
+
+    ``block_size``: of 4 bits; for 8 any from 64 on.
+    """
     processors, room = _limits(device)
-    if k % max(block_size, 64 if bits == 4 else 16):
+    if k % (max(block_size, 64) if bits == 4 else 16):
         return None
     row_bytes = k * bits // 8
     chunks = -(-row_bytes // (_CHUNK * _WARPS))
@@ -89,7 +92,7 @@ def _decode(
         if shared > room:
             continue
         rounds = -(-n // (rows * processors))
-        cost = rounds * (row_tiles + 0.7)
+        cost = rounds * (row_tiles + 1)  # measured
         if best is None or cost < best[0]:
             best = cost, (row_tiles, stages, shared)
     if best is None:
@@ -152,7 +155,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     rows = x.numel() // k if k else 0
     if not (n and 0 < rows <= _FEW_ROWS and _served(x, q, bias)):
         return NotImplemented
-    plan = _decode(n, k, 1 if rows <= 8 else 2, x.dtype is torch.bfloat16, 8, 16, False, x.get_device())
+    plan = _decode(n, k, 1 if rows <= 8 else 2, x.dtype is torch.bfloat16, 8, 64, False, x.get_device())
     if plan is None:
         return NotImplemented
     return _run_decode(plan, x, q, absmax, (0, 0, 0, 0), bias, rows, n, k)

@@ -119,8 +119,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "fewbits"
 
 
-def machine_code(file: str, defines: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """A source of ours compiled with these macros, from the cache where it was before.
+def machine_code(file: str, defines: tuple[tuple[str, int], ...], architecture: str, *, fresh: bool = False) -> bytes:
+    """A source of ours compiled with these macros, from the cache where it was before unless it shall be ``fresh``.
 
     Raises:
         CudaError: it cannot be compiled.
@@ -130,8 +130,9 @@ def machine_code(file: str, defines: tuple[tuple[str, int], ...], architecture: 
     options = ("-std=c++17", f"-arch=sm_{architecture}", *macros)
     known = hashlib.sha256("\0".join((source, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
     path = cache_folder() / f"{Path(file).stem}-{known}.cubin"
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
+    if not fresh:
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
     code = compile_source(source, options)
     with contextlib.suppress(OSError):  # a folder that cannot be written to: compiled again next time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,13 +186,15 @@ class Kernel:
         """
         major, minor = torch.cuda.get_device_capability(device)
         # what only this one architecture has (wgmma) is in the target with an "a"
-        code = machine_code(file, defines, f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}")
+        architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
         driver, module, self._function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
         self._context = ctypes.c_void_p()
         with torch.cuda.device(device), _allowed_while_capturing():
             _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device), "the device's context")
             _check(driver.cuCtxSetCurrent(self._context), "the device's context")
-            _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
+            if driver.cuModuleLoadData(ctypes.byref(module), machine_code(file, defines, architecture)):
+                code = machine_code(file, defines, architecture, fresh=True)  # what the cache held is damaged
+                _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, Path(file).stem.encode()), file)
         _check(driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, shared), f"{file}: shared memory")
         self._pack = struct.Struct(arguments)

@@ -136,22 +136,6 @@ DEVICE void copy_codes_async(u32 to, const u8* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
 
-DEVICE void make_barrier(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-DEVICE void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-
-DEVICE void wait_for_all(u32 barrier, u32 parity) {
-  u32 there;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(there)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (!there);
-}
-
 // How often the counter was counted up before; the last of `others` + 1 times leaves a zero. What the block wrote before
 // a barrier before it is there for a block that reads after a barrier after its own later count.
 DEVICE u32 count_up(u32* counter, u32 others) {
@@ -256,7 +240,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 
   u8* table = shared;
   u8* ring = table + PAIR_TABLE_BYTES;
-  const u32 ring_address = shared_address(ring), barrier = ring_address + STAGES * SLOT;
+  const u32 ring_address = shared_address(ring);
+  Barrier& barrier = *(Barrier*)(ring + STAGES * SLOT);
   u32* last_to_come = (u32*)(ring + STAGES * SLOT + 8);
 
   // ------------------------------------------------------------------------------------------ copies
@@ -451,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   for (int s = 0; s < LEAD; s++)
     if (s < left) copy_codes(s);
   commit_copies();
-  if (thread == 0) make_barrier(barrier, WARPS);
+  if (thread == 0) barrier.init(WARPS);
   if (NESTED && thread < 256) *value_of_code(table, thread) = a.dynamic[thread];
   if (NESTED && thread == 0) *value_of_code(table, 256) = *a.offset;
   fill_pair_table<THREADS>(table, a.pairs);
@@ -472,7 +457,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   auto ready = [&] {
     show_matrix_units();
     __syncwarp();
-    if (lane == 0) arrive(barrier);
+    if (lane == 0) barrier.arrive();
   };
   wait_for_copies<LEAD - 1>();
   ready();
@@ -485,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     const int tile_end = min(chunks, chunk + left);
 #pragma unroll 1
     while (chunk < tile_end) {
-      wait_for_all(barrier, parity);
+      barrier.wait(parity);
       parity ^= 1;
 #pragma unroll
       for (int group = 0; group < GROUPS; group++) {

@@ -1,0 +1,260 @@
+"""The CUDA kernels beside the weight's own values in fp64: shapes, dtypes, blocks, and how they are called.
+
+Uninitialized memory is NaN in these tests, so that whatever a kernel leaves out shows.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fewbits import kernels
+from fewbits.formats import BLOCK_SIZES, QuantSpec
+from fewbits.kernels import nvrtc
+from fewbits.modules import QuantLinear, install
+from fewbits.tensor import QuantTensor, linear
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper"
+)
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half of it is what rounding may add
+SPECS = [QuantSpec("int8"), *(QuantSpec(f, b, d) for f in ("nf4", "fp4") for b in BLOCK_SIZES for d in (False, True))]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(gpu):
+    from fewbits.kernels import cuda_backend
+
+    kernels.BACKENDS["cuda"] = cuda_backend
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def quantized(spec, n, k, device="cuda"):
+    w = torch.randn(n, k, device=device) * torch.rand(n, 1, device=device) * 0.1
+    w[torch.rand_like(w) < 0.001] *= 20
+    return QuantTensor.quantize(w, spec)
+
+
+def values(q):
+    """The weight in fp64, by the reference."""
+    with kernels.use_backend("reference"):
+        return q.dequantize().double()
+
+
+def check(out, x, q, bias):
+    """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms."""
+    w, wide = values(q), x.double().reshape(-1, x.shape[-1])
+    exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
+    if bias is not None:
+        exact = exact + bias.double()
+    unit = UNIT[x.dtype] / 2
+    bound = (unit + x.shape[-1] * 2.0**-23) * size + unit * exact.abs() * (1 + 2.0**-6) + 1e-7
+    assert out.shape == (*x.shape[:-1], q.shape[0])
+    assert out.dtype == x.dtype
+    wrong = (out.double().reshape_as(exact) - exact).abs() - bound
+    assert wrong.max() <= 0, (wrong.argmax(), wrong.max())  # a NaN fails as well
+
+
+def served(x, q, bias=None):
+    """By the CUDA kernel itself: None where it leaves the call to another backend."""
+    from fewbits.kernels import cuda_backend
+
+    if q.spec.format == "int8":
+        out = cuda_backend.linear_int8(x, q.packed, q.absmax, bias, 6.0)
+    else:
+        state = q.packed, q.absmax, q.nested_absmax, q.nested_offset
+        out = cuda_backend.linear_4bit(x, *state, bias, q.spec.format, q.spec.block_size, list(q.shape))
+    return None if out is NotImplemented else out
+
+
+def biases(n, dtype):
+    return random.choice([None, torch.randn(n, device="cuda", dtype=dtype), torch.randn(n, device="cuda")])
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_odd_shapes(spec, dtype):
+    block = spec.block_size if spec.format != "int8" else 16
+    for _ in range(6):
+        k = max(block, 64 if spec.format != "int8" else 16) * random.randint(1, 40 if block < 256 else 3)
+        n, rows = random.randint(1, 300), random.randint(1, 16)
+        q, x, bias = quantized(spec, n, k), torch.randn(rows, k, device="cuda", dtype=dtype), biases(n, dtype)
+        out = served(x, q, bias)
+        assert out is not None, (n, k, rows)
+        check(out, x, q, bias)
+        assert torch.equal(served(x, q, bias), out)  # the same bits each time
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32), QuantSpec("int8")], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 14336), (6144, 4096), (5120, 5120), (520, 11008), (300, 18944)])
+def test_shapes_of_models(shape, spec):
+    q = quantized(spec, *shape)
+    for rows in (1, 2, 7, 8, 9, 16):
+        x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        check(served(x, q), x, q, None)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4"), QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 17, 33, 64, 100, 128, 200, 300])
+def test_any_number_of_rows_by_whichever_kernel(rows, spec):
+    q = quantized(spec, 391, 1088)
+    for dtype in UNIT:
+        x, bias = torch.randn(rows, 1088, device="cuda", dtype=dtype), biases(391, dtype)
+        check(linear(x, q, bias), x, q, bias)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+def test_inputs_of_any_layout(spec):
+    q = quantized(spec, 96, 256)
+    wide = torch.randn(3, 5, 2, 300, device="cuda", dtype=torch.bfloat16)
+    for x in (
+        wide[..., :256],  # rows apart
+        wide[..., 7:263],  # and beginning anywhere
+        wide[:, :, 0, :256].transpose(0, 1),
+        torch.randn(256, 4, device="cuda", dtype=torch.bfloat16).t(),  # columns first
+        torch.randn(256, device="cuda", dtype=torch.bfloat16),
+        torch.randn(1, 256, device="cuda", dtype=torch.bfloat16).expand(6, 256),
+    ):
+        check(linear(x, q), x, q, None)
+    assert linear(torch.empty(0, 256, device="cuda", dtype=torch.bfloat16), q).shape == (0, 96)
+
+
+def test_zero_blocks_and_large_values():
+    w = torch.randn(64, 256, device="cuda")
+    w[:, :64] = 0
+    w[3] = 0
+    for spec in (QuantSpec("nf4"), QuantSpec("nf4", 64, True), QuantSpec("fp4"), QuantSpec("int8")):
+        q = QuantTensor.quantize(w * 1e3, spec)
+        x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
+        check(served(x, q), x, q, None)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+@pytest.mark.parametrize("rows", [1, 12])
+def test_in_a_graph_several_times_in_a_row(spec, rows):
+    """Launches that begin before the one before has ended, each needing its result."""
+    layers = [quantized(spec, 512, 512) for _ in range(4)]
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+
+    def run():
+        h = x
+        for _ in range(3):
+            for q in layers:
+                h = linear(h, q) + x
+        return h
+
+    with torch.no_grad():
+        expected = run()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+        for _ in range(20):
+            graph.replay()
+        assert torch.equal(out, expected)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, run())
+
+
+def test_from_several_threads():
+    layers = [quantized(QuantSpec("nf4", 64, True), 256, 512) for _ in range(4)]
+    inputs = [torch.randn(3, 512, device="cuda", dtype=torch.bfloat16) for _ in layers]
+    expected = [linear(x, q) for x, q in zip(inputs, layers, strict=True)]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            for _ in range(200):
+                if not torch.equal(linear(inputs[i], layers[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+def test_past_the_dispatcher_and_through_it(spec):
+    """The same bits however it is called; gradients, tracing and transforms are not lost."""
+    q = quantized(spec, 128, 256)
+    module = nn.Linear(256, 128, device="cuda", dtype=torch.bfloat16)
+    install(module, "weight", nn.Parameter(q, requires_grad=False))
+    assert isinstance(module, QuantLinear)
+    x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
+    assert not kernels.unheard(x, module.bias)  # the bias wants a gradient
+    with torch.no_grad():
+        assert kernels.unheard(x, module.bias)
+        fast = module(x)
+        assert torch.equal(torch.compile(module, fullgraph=True)(x), fast)
+        batched = torch.func.vmap(lambda row: linear(row, q, module.bias))(x)
+        torch.testing.assert_close(batched, fast, rtol=2e-2, atol=2e-2)
+    assert torch.equal(module(x), fast)
+    with torch.inference_mode():
+        assert torch.equal(module(x), fast)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(module(x.float()), fast)
+    x.requires_grad_()
+    out = module(x)
+    assert torch.equal(out, fast)
+    out.sum().backward()
+    expected = values(q).sum(0).expand(4, -1)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=2e-1)
+    assert module.bias.grad is not None
+
+
+def test_the_operators_own_tests_with_this_backend():
+    code = "import sys, pytest; from fewbits import kernels; kernels._load('cuda'); sys.exit(pytest.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "cuda-cuda"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_a_damaged_cache_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
+    nvrtc.kernel.cache_clear()
+    from fewbits.kernels import cuda_backend
+
+    q, x = quantized(QuantSpec("nf4"), 64, 64), torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
+    try:
+        for _ in range(2):
+            cuda_backend._decode.cache_clear()
+            nvrtc.kernel.cache_clear()
+            check(served(x, q), x, q, None)
+            (file,) = tmp_path.iterdir()
+            size = file.stat().st_size
+            file.write_bytes(b"no machine code")
+        assert size > 1000
+    finally:
+        cuda_backend._decode.cache_clear()
+        nvrtc.kernel.cache_clear()
+
+
+def test_the_product_of_a_module_beside_torch():
+    """A whole small network, beside the same with dequantized weights."""
+    plain = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda().to(torch.bfloat16)
+    for i in (0, 2):
+        q = QuantTensor.quantize(plain[i].weight.detach(), QuantSpec("nf4", 64, True))
+        plain[i].weight.data = q.dequantize()
+        quant = nn.Linear(plain[i].in_features, plain[i].out_features, device="cuda", dtype=torch.bfloat16)
+        install(quant, "weight", nn.Parameter(q, requires_grad=False))
+        quant.bias = plain[i].bias
+        x = torch.randn(5, plain[i].in_features, device="cuda", dtype=torch.bfloat16)
+        torch.testing.assert_close(quant(x), F.linear(x, plain[i].weight, plain[i].bias), rtol=2e-2, atol=2e-2)
