@@ -201,11 +201,10 @@ class TestKernels:
             _close(out, g.double() @ w, _bound(g, w.t(), dtype, True), shape)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_int8_where_16_bit_products_are_summed_in_16_bits(self, dtype, gpu, monkeypatch):
-        """The sums of unscaled integers would be 400 × 127 × 100 here: infinite in fp16."""
+    def test_int8_whose_unscaled_sums_would_be_infinite(self, dtype, gpu, monkeypatch):
+        """In fp16: 400 × 127 × 100."""
         from fewbits.kernels import triton_backend
 
-        monkeypatch.setattr(triton_backend, "_FP32_SUMS", False)
         monkeypatch.setattr(triton_backend, "_accumulation_dtype", lambda x: x.dtype)
         q = torch.full((5, 400), 127, dtype=torch.int8, device=gpu)
         absmax = torch.rand(5, device=gpu)
@@ -216,7 +215,17 @@ class TestKernels:
         _close(out, x.double() @ w.t(), UNIT[dtype] * 4 * x.double() @ w.t() + _bound(x, w, dtype), dtype)
 
     def test_weights_in_several_pieces(self, gpu, monkeypatch):
-        monkeypatch.setattr(reference, "_piece", lambda device: 4 * 128)  # four rows at a time
+        from fewbits.kernels import triton_backend
+
+        pieces = triton_backend._pieces
+        monkeypatch.setattr(  # four rows at a time
+            triton_backend,
+            "_pieces",
+            lambda n, *rest: [slice(i, min(i + 4, n)) for i in range(0, n, 4)],
+        )
+        assert [p.stop - p.start for p in pieces(28672, 4096, torch.bfloat16, torch.device("cpu"))] == [4096] * 7
+        assert pieces(300, 64, torch.float32, torch.device("cpu")) == [slice(0, 300)]
+        assert pieces(28672, 4096, torch.bfloat16, torch.device("cpu"), False) == [slice(0, 28672)]
         state, w = _state_4bit((18, 128), "nf4", 64, True, gpu)
         q, absmax = reference.quantize_int8(w.float())
         w_int8 = q.double() * absmax.double()[:, None] / 127

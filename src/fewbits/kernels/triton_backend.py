@@ -7,9 +7,8 @@ sum in another order.
 
 With at most ``_FEW_ROWS`` rows of x (decoding a text, one token at a time) a product reads the codes once and never
 writes the weight: each thread decodes 16 or 32 neighbouring codes of an output row, whose sum with x takes its block's
-scale once. With more rows the weight is dequantized in pieces and multiplied by torch, whose matrix units then decide
-the time. A kernel of its own that feeds the matrix units would save a write and a read of the weight there, at the
-price of tuning for every GPU.
+scale once. With more rows the weight is dequantized to x's dtype in pieces that stay in the L2 cache, and multiplied by
+torch, whose matrix units then decide the time.
 
 ``TRITON_INTERPRET=1``, set before Triton is imported, runs the same kernels on a CPU, for tests.
 """
@@ -29,7 +28,7 @@ from torch import Tensor
 
 import fewbits.kernels.reference as reference
 from fewbits.kernels.codebooks import codebook, decision_rule
-from fewbits.kernels.reference import _TINY, _accumulation_dtype, _row_pieces
+from fewbits.kernels.reference import _TINY, _accumulation_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 DEVICE_TYPES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
@@ -39,7 +38,6 @@ _BLOCK_SIZES = frozenset(32 << i for i in range(8))
 _TILE = 4096  # elements that a program quantizes or dequantizes
 _FEW_ROWS = 8
 _NVIDIA = torch.version.cuda is not None and not INTERPRETED
-_FP32_SUMS = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")  # 16-bit products kept in fp32
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _TINY_BITS = tl.constexpr(struct.unpack("i", struct.pack("f", _TINY))[0])  # as bits: Triton takes a subnormal for fp64
@@ -296,28 +294,6 @@ def _linear_int8_kernel(
     tl.store(out_ptr + m[:, None] * n_rows + n[None, :], _rounded(out, out_ptr.dtype.element_ty), mask=mask_MN)
 
 
-@triton.jit
-def _scale_columns_kernel(
-    sums_ptr,
-    absmax_ptr,
-    bias_ptr,
-    out_ptr,
-    first,
-    columns,
-    out_stride,
-    BLOCK: tl.constexpr,
-):
-    """Columns ``first`` and following of out from sums [M, columns]."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    out = tl.load(sums_ptr + row * columns + column, mask=mask, other=0.0)
-    out *= tl.load(absmax_ptr + first + column, mask=mask, other=0.0) * _OVER_127
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + first + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_stride + first + column, _rounded(out, out_ptr.dtype.element_ty), mask=mask)
-
-
 # ------------------------------------------------------------------------------------------------- launching
 
 
@@ -418,10 +394,13 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode_4bit(
-    packed: Tensor, nested: tuple[Any, ...], format: str, block_size: int, first: int, n: int, dtype: torch.dtype
-) -> Tensor:
-    """Elements ``first`` (a block's first) to ``first + n`` of a weight, flat; ``nested``: see :func:`_nested_args`."""
-    out = torch.empty(n, dtype=dtype, device=packed.device)
+    packed: Tensor, nested: tuple[Any, ...], format: str, block_size: int, first: int, out: Tensor
+) -> None:
+    """Into ``out`` [n] elements ``first`` (a block's first) to ``first + n`` of a weight, flat.
+
+    ``nested``: see :func:`_nested_args`.
+    """
+    n = out.numel()
     _launch(
         _dequantize_4bit_kernel,
         (-(-n // _TILE),),
@@ -438,7 +417,6 @@ def _decode_4bit(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return out
 
 
 def dequantize_4bit(
@@ -454,18 +432,22 @@ def dequantize_4bit(
     if not packed.numel() or dtype not in _DTYPES or block_size not in _BLOCK_SIZES:
         return reference.dequantize_4bit(packed, absmax, nested_absmax, nested_offset, format, block_size, shape, dtype)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
-    n = 1
-    for size in shape:
-        n *= size
-    return _decode_4bit(packed, nested, format, block_size, 0, n, dtype).view(shape)
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    _decode_4bit(packed, nested, format, block_size, 0, out.view(-1))
+    return out
 
 
 def dequantize_int8(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     if not q.numel() or dtype not in _DTYPES:
         return reference.dequantize_int8(q, absmax, dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    _decode_int8(q, absmax, out)
+    return out
+
+
+def _decode_int8(q: Tensor, absmax: Tensor, out: Tensor) -> None:
     columns = q.shape[-1]
     rows = q.numel() // columns
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     tile_columns = min(_power_of_2(columns), 1024)
     tile_rows = _TILE // tile_columns
     _launch(
@@ -482,7 +464,6 @@ def dequantize_int8(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return out
 
 
 # ------------------------------------------------------------------------------------------------- products
@@ -506,6 +487,58 @@ def _served(x: Tensor, rows: int, packed: Tensor, n: int) -> bool:
     return rows * n > 0 and x.dtype in _DTYPES and x.get_device() == packed.get_device()
 
 
+@functools.cache
+def _scratch_bytes(device: torch.device) -> int:
+    """Of a dequantized piece of a weight: it shall stay in the L2 cache from being written to being read."""
+    if device.type != "cuda":
+        return 32 << 20
+    properties: Any = torch.cuda.get_device_properties(device)
+    return max(int(properties.L2_cache_size * 0.6), 8 << 20)
+
+
+def _pieces(n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> list[slice]:
+    """Rows of a weight [n, k], about as many in each piece; all in one if rows are not whole blocks."""
+    count = -(-n * k * dtype.itemsize // _scratch_bytes(device)) if aligned else 1
+    step = -(-n // max(count, 1))
+    step = min(-(-step // 128) * 128, n)  # matrix units work on tiles
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _many_rows(x: Tensor, bias: Tensor | None, n: int, k: int, decode: Any, aligned: bool = True) -> Tensor:
+    """x [..., k] times a weight [n, k] of which ``decode(rows, out)`` writes a piece."""
+    x_MK = x.reshape(-1, k).to(_accumulation_dtype(x))
+    dtype, device = x_MK.dtype, x.device
+    bias_N = None if bias is None else bias.to(dtype)
+    pieces = _pieces(n, k, dtype, device, aligned)
+    scratch = torch.empty(pieces[0].stop, k, dtype=dtype, device=device)
+    if len(pieces) == 1:
+        decode(pieces[0], scratch)
+        return F.linear(x_MK, scratch, bias_N).to(x.dtype).view(*x.shape[:-1], n)
+    out_MN = torch.empty(x_MK.shape[0], n, dtype=dtype, device=device)
+    for rows in pieces:
+        w_NK = scratch[: rows.stop - rows.start]
+        decode(rows, w_NK)
+        if bias_N is None:
+            torch.mm(x_MK, w_NK.t(), out=out_MN[:, rows])
+        else:
+            torch.addmm(bias_N[rows], x_MK, w_NK.t(), out=out_MN[:, rows])
+    return out_MN.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _many_rows_t(g: Tensor, n: int, k: int, decode: Any, aligned: bool = True) -> Tensor:
+    """g [..., n] times a weight [n, k] of which ``decode(rows, out)`` writes a piece."""
+    g_MN = g.reshape(-1, n).to(_accumulation_dtype(g))
+    pieces = _pieces(n, k, g_MN.dtype, g.device, aligned)
+    scratch = torch.empty(pieces[0].stop, k, dtype=g_MN.dtype, device=g.device)
+    out_MK = None
+    for rows in pieces:
+        w_NK = scratch[: rows.stop - rows.start]
+        decode(rows, w_NK)
+        out_MK = g_MN[:, rows] @ w_NK if out_MK is None else out_MK.addmm_(g_MN[:, rows], w_NK)
+    assert out_MK is not None
+    return out_MK.to(g.dtype).view(*g.shape[:-1], k)
+
+
 def linear_4bit(
     x: Tensor,
     packed: Tensor,
@@ -523,20 +556,11 @@ def linear_4bit(
         return reference.linear_4bit(x, packed, absmax, nested_absmax, nested_offset, bias, format, block_size, shape)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
     if rows > _FEW_ROWS or k % block_size:
-        x_MK = x.reshape(rows, k).to(_accumulation_dtype(x))
-        bias_N = None if bias is None else bias.to(x_MK.dtype)
-        pieces = _row_pieces(shape, block_size, x.device)
-        out_MN = x_MK.new_empty(rows, n) if len(pieces) > 1 else None
-        for piece in pieces:
-            height = piece.stop - piece.start
-            w_NK = _decode_4bit(packed, nested, format, block_size, piece.start * k, height * k, x_MK.dtype)
-            product = F.linear(x_MK, w_NK.view(height, k), None if bias_N is None else bias_N[piece])
-            if out_MN is None:
-                out_MN = product
-            else:
-                out_MN[:, piece] = product
-        assert out_MN is not None
-        return out_MN.to(x.dtype).view(*x.shape[:-1], n)
+        return _many_rows(
+            x, bias, n, k,
+            lambda rows, out: _decode_4bit(packed, nested, format, block_size, rows.start * k, out.view(-1)),
+            aligned=k % block_size == 0,
+        )  # fmt: skip
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     x_MK = _rows_of(x, rows, k)
     packed = packed.contiguous()
@@ -580,14 +604,11 @@ def linear_4bit_t(
     if not _served(g, rows, packed, k) or block_size not in _BLOCK_SIZES:
         return reference.linear_4bit_t(g, packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
-    g_MN = g.reshape(rows, n).to(_accumulation_dtype(g))
-    out_MK = None
-    for piece in _row_pieces(shape, block_size, g.device):
-        height = piece.stop - piece.start
-        w_NK = _decode_4bit(packed, nested, format, block_size, piece.start * k, height * k, g_MN.dtype).view(height, k)
-        out_MK = g_MN[:, piece] @ w_NK if out_MK is None else out_MK.addmm_(g_MN[:, piece], w_NK)
-    assert out_MK is not None
-    return out_MK.to(g.dtype).view(*g.shape[:-1], k)
+    return _many_rows_t(
+        g, n, k,
+        lambda rows, out: _decode_4bit(packed, nested, format, block_size, rows.start * k, out.view(-1)),
+        aligned=k % block_size == 0,
+    )  # fmt: skip
 
 
 def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
@@ -597,53 +618,29 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     rows = x.numel() // k if k else 0
     if not _served(x, rows, q, n):
         return reference.linear_int8(x, q, absmax, bias, threshold)
-    q, absmax, bias = q.contiguous(), absmax.contiguous(), None if bias is None else bias.contiguous()
+    q, absmax = q.contiguous(), absmax.contiguous()
+    if rows > _FEW_ROWS:
+        return _many_rows(x, bias, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))
+    bias = None if bias is None else bias.contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if rows <= _FEW_ROWS:
-        x_MK = _rows_of(x, rows, k)
-        tile = _tile(rows, -(-k // 16), 4 if rows == 1 else 2)
-        _launch(
-            _linear_int8_kernel,
-            (-(-n // tile["N"]), -(-rows // tile["M"])),
-            x,
-            x_MK,
-            q,
-            absmax,
-            bias,
-            out,
-            rows,
-            n,
-            k,
-            x_MK.stride(0),
-            GROUP=16,
-            **tile,
-        )
-        return out
-    x_MK, out_MN = x.reshape(rows, k).to(_accumulation_dtype(x)), out.view(rows, n)
-    for piece in _row_pieces([n, k], 1, x.device):
-        if x_MK.dtype != torch.float32 and not _FP32_SUMS:
-            # sums in 16 bits: of scaled weights, since those of integers would leave fp16's range
-            w_NK = dequantize_int8(q[piece], absmax[piece], x_MK.dtype)
-            out_MN[:, piece] = F.linear(x_MK, w_NK, None if bias is None else bias[piece].to(x_MK.dtype))
-            continue
-        w_KN = q[piece].to(x_MK.dtype).t()  # exact: 8 bits fit in any of the dtypes
-        wide = x_MK.dtype == torch.float32
-        sums = x_MK @ w_KN if wide else torch.ops.aten.mm.dtype(x_MK, w_KN, torch.float32)
-        width = piece.stop - piece.start
-        _launch(
-            _scale_columns_kernel,
-            (rows, -(-width // 1024)),
-            x,
-            sums,
-            absmax,
-            bias,
-            out,
-            piece.start,
-            width,
-            n,
-            BLOCK=1024,
-            num_warps=4,
-        )
+    x_MK = _rows_of(x, rows, k)
+    tile = _tile(rows, -(-k // 16), 4 if rows == 1 else 2)
+    _launch(
+        _linear_int8_kernel,
+        (-(-n // tile["N"]), -(-rows // tile["M"])),
+        x,
+        x_MK,
+        q,
+        absmax,
+        bias,
+        out,
+        rows,
+        n,
+        k,
+        x_MK.stride(0),
+        GROUP=16,
+        **tile,
+    )
     return out
 
 
@@ -652,10 +649,5 @@ def linear_int8_t(g: Tensor, q: Tensor, absmax: Tensor) -> Tensor:
     rows = g.numel() // n if n else 0
     if not _served(g, rows, q, k):
         return reference.linear_int8_t(g, q, absmax)
-    g_MN = g.reshape(rows, n).to(_accumulation_dtype(g))
-    out_MK = None
-    for piece in _row_pieces([n, k], 1, g.device):
-        w_NK = dequantize_int8(q[piece], absmax[piece], g_MN.dtype)
-        out_MK = g_MN[:, piece] @ w_NK if out_MK is None else out_MK.addmm_(g_MN[:, piece], w_NK)
-    assert out_MK is not None
-    return out_MK.to(g.dtype).view(*g.shape[:-1], k)
+    q, absmax = q.contiguous(), absmax.contiguous()
+    return _many_rows_t(g, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))

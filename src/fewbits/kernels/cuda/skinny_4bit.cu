@@ -1,25 +1,26 @@
-// out[M, N] = x[M, K] @ weight[N, K].T + bias for a weight in 4 bits and some tens of rows of x: a prompt's start, or the
-// texts of a batch. For one Hopper GPU (sm_90a).
+// out[M, N] = x[M, K] @ weight[N, K].T + bias for a weight in 4 bits and some tens of rows of x: a batch of texts, or a
+// short prompt. For sm_90a.
 //
-// The weight is read once per TILE_M rows of x. A block of WARPGROUPS * 4 warps works on 64 rows of the weight per
-// warpgroup, 16 per warp, in chunks of 128 columns. Asynchronous copies fill a ring of chunks in shared memory ahead: a
-// warp copies the codes of its own rows, all warps together copy x. A lane turns codes into pairs of 16-bit numbers (see
-// fill_pair_table), which are the first operand of the matrix units (wgmma) as they come: registers; the second one is x
-// in shared memory. While they multiply 64 columns, the warp decodes the next 64.
+// The weight is read once for TILE_M rows of x. A block works on tiles of 64 rows of the weight per warpgroup, 16 per
+// warp, in chunks of 128 columns. Asynchronous copies fill a ring of chunks in shared memory ahead: each warp copies
+// the codes of its own rows, all together copy x. A lane turns its codes into pairs of 16-bit numbers (see
+// fill_pair_table); in registers, as they come, these are the first operand of the matrix units (wgmma), and x in
+// shared memory is the second. While these multiply some columns, the warp decodes the next ones.
 //
-// What the warps wait for at each chunk is that all of x is there, and that none still reads the part of the ring that is
-// filled next. That barrier has two halves: a warp says early that it is ready, and waits only half a chunk later.
+// At each chunk warps wait until all of x has come, and until none still reads the part of the ring that is filled
+// next. To say that one is ready and to wait for the others are two steps: much of the decoding lies between them.
 //
-// All chunks of all rows stand in one line, row after row, and each block takes an equal stretch of it, wherever that
-// begins and ends: so any number of blocks has the same amount to do. Where several blocks share a tile of rows, each
-// leaves its sums in the workspace, and the last of them to come adds them up, in the order of the columns: the result
-// does not depend on which one that was.
+// The chunks of all tiles stand in one line, tile after tile, and each block takes an equal stretch of it, wherever
+// that begins and ends: so no number of tiles leaves a part of the GPU idle. Where several blocks share a tile, each
+// leaves its sums in the workspace, and the last of them adds all, in the order of the columns: which one that is does
+// not matter to the result.
 //
-// FOLD says how the scales come in: multiplied into each pair of numbers, rounded to 16 bits, with sums that stay in the
-// matrix units from first to last; or each 64 columns' sums are scaled in fp32, which is more exact and takes registers.
+// FOLD says how scales come in. 1: they are multiplied into each pair, all in 16 bits, and the sums stay in the matrix
+// units until the tile ends. 0: the sums of each 64 columns are scaled in fp32, which is more exact and takes more
+// time.
 //
-// Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block: 64 or more), NESTED (double quantization), TILE_M
-// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, tiles of rows of x.
+// Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block, 64 or more), NESTED (double quantization), TILE_M
+// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, tiles of x.
 
 struct Arguments {
   const u8* packed;         // [N, K / 2]
@@ -39,32 +40,33 @@ struct Arguments {
 };
 
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS;
-constexpr int ROWS = 64 * WARPGROUPS;                     // of the weight, in a tile
-constexpr int CHUNK = 128;                                // columns
-constexpr int X_HALF = TILE_M * 128, X_BYTES = 2 * X_HALF;  // 64 columns of x, and a chunk's
-constexpr int SLOT = X_BYTES + ROWS * CHUNK / 2;
-constexpr int LEAD = STAGES - 2;                          // chunks on their way besides the one in work and the one before
-constexpr int SUMS = TILE_M / 2;                          // of a thread: 64 rows by TILE_M over 128 threads
-// 16-column steps of the matrix units from one operand to the next: 64 columns, or 32 where registers are short
+constexpr int ROWS = 64 * WARPGROUPS;                   // of the weight, in a tile
+constexpr int CHUNK = 128;                              // columns
+constexpr int X_HALF = TILE_M * 128;                    // bytes of 64 columns of x
+constexpr int X_BYTES = 2 * X_HALF, SLOT = X_BYTES + ROWS * CHUNK / 2;
+constexpr int LEAD = STAGES - 2;                        // chunks on their way: one is in work, or even two
+constexpr int SUMS = TILE_M / 2;                        // of a thread: 64 rows by TILE_M over 128 threads
+constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;        // chunks that eight scales of a row are for
+// steps of 16 columns that share an operand: 64 columns, or 32 where registers are short
 constexpr int STEPS = FOLD && TILE_M == 128 && WARPGROUPS == 4 ? 2 : 4, GROUPS = 8 / STEPS;
 constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : TILE_M == 64 ? 2 : 1;  // read when blocks' sums are added up
-constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;          // chunks that eight scales of a row are for
-static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && X_BYTES % 1024 == 0 && SLOT % 1024 == 0);
+static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && SLOT % 1024 == 0);
 
 // ---------------------------------------------------------------------------------------------- matrix units
 
 // sums[64 x TILE_M] += a[64 x 16] * x[TILE_M x 16].T by the four warps of a warpgroup, each with 16 of the 64 rows; the
-// operand a and, eight columns at a time, the sums lie in registers as in multiply_add. `accumulate` = 0 overwrites.
+// operand a and, eight columns at a time, the sums lie in registers as in multiply_add. accumulate = 0: no sums before.
 #define LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define LIST_32 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST_64                                                                                             \
-  LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50" \
-          ", %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LIST_64                                                                                        \
+  LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49" \
+          ", %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
-#define WGMMA(shape, list, a0, a1, a2, a3, x, accumulate)                                            \
-  "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0; wgmma.mma_async.sync.aligned." shape ".f32." NARROW "." NARROW \
-  " {" list "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " x ", p, 1, 1, 0; }"
+#define WGMMA(shape, sums, a0, a1, a2, a3, x, accumulate)       \
+  "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0;"           \
+  "wgmma.mma_async.sync.aligned." shape ".f32." NARROW "." NARROW \
+  " {" sums "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " x ", p, 1, 1, 0; }"
 
 DEVICE void multiply_16(float (&sums)[SUMS], const u32 (&a)[4], u64 x, int accumulate) {
 #if TILE_M == 32
@@ -86,9 +88,9 @@ DEVICE void multiply_16(float (&sums)[SUMS], const u32 (&a)[4], u64 x, int accum
 
 typedef u32 Operand[STEPS][4];
 
-// some steps, one group to wait for; x is where these columns of x lie
+// STEPS of them, together one group to wait for; x is the address of these columns of x
 DEVICE void multiply_group(float (&sums)[SUMS], const Operand& operand, u32 x, bool accumulate) {
-  // 128 bytes of each of 8 rows, swizzled, lie together; the next 8 rows 1024 bytes further
+  // 128 bytes of each of 8 rows lie together, their pieces of 16 bytes permuted; the next 8 rows 1024 bytes further
   const u64 second = 1ull << 62 | (u64)(1024 >> 4) << 32 | 1 << 16 | x >> 4;
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -136,8 +138,8 @@ DEVICE void copy_codes_async(u32 to, const u8* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
 
-// How often the counter was counted up before; the last of `others` + 1 times leaves a zero. What the block wrote before
-// a barrier before it is there for a block that reads after a barrier after its own later count.
+// How many came before, of `others` + 1 in all; the last one leaves a zero. What a block wrote before it came (and
+// before a barrier) is there for blocks that come later (and after a barrier).
 DEVICE u32 count_up(u32* counter, u32 others) {
   u32 before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -149,7 +151,7 @@ DEVICE u32 count_up(u32* counter, u32 others) {
 
 // ---------------------------------------------------------------------------------------------- scales
 
-// Four neighbouring scales of a row as they lie in memory.
+// four neighbouring scales of a row, as stored
 struct RawScales {
 #if NESTED
   u32 low, high;      // two aligned words that hold the four codes
@@ -159,7 +161,7 @@ struct RawScales {
 #endif
 };
 
-// the four from `first` on; those past the last of all are not read
+// the four from `first` on, of `all` in memory: nothing is read past them
 DEVICE RawScales read_scales(const Arguments& a, long long first, long long all) {
   RawScales raw;
 #if NESTED
@@ -204,7 +206,7 @@ DEVICE void decode_scales(float (&value)[4], const RawScales& raw, const Argumen
 #endif
 }
 
-// As a thread wants them: fp32, or (FOLD) a pair of the same 16-bit number twice.
+// what a thread multiplies by: fp32, or (FOLD) a pair of twice the same 16-bit number
 #if FOLD
 typedef u32 Scale;
 DEVICE Scale wanted(float scale) { return pair_of_two(scale, scale); }
@@ -245,8 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   u32* last_to_come = (u32*)(ring + STAGES * SLOT + 8);
 
   // ------------------------------------------------------------------------------------------ copies
-  // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row of 64 bytes the four pieces change
-  // places so that eight lanes that read the same piece of eight rows find them in different banks.
+  // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row's 64 bytes the four pieces change
+  // places so that one piece of eight rows lies in different banks.
   const int piece = lane & 3;
   const u32 codes_to = X_BYTES + warp * 1024 + g * 64 + (piece ^ g >> 1) * 16;
   int codes_tile = tile, codes_chunk = chunk;
@@ -263,8 +265,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     }
   };
 
-  // x: 16 neighbouring threads copy a row's 256 bytes, as two of 128 bytes whose eight pieces the row's number permutes:
-  // so the matrix units want it.
+  // x: 16 neighbouring threads copy the 256 bytes of a row to two places of 128 bytes, whose eight pieces are permuted
+  // by the row's number, as the matrix units want it.
   constexpr int X_ROWS = THREADS / 16, X_COPIES = TILE_M / X_ROWS;
   const int x_row = thread >> 4, x_piece = thread & 15;
   const u32 x_to = (x_piece >> 3) * X_HALF + x_row * 128 + ((x_piece ^ x_row) & 7) * 16;
@@ -280,10 +282,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   };
 
   // ------------------------------------------------------------------------------------------ scales
-  // A warp decodes eight scales of each of its rows at a time, a lane four of them: those of the row of its 16 that its
-  // low four bits tell. They are read from memory when the eight before begin.
+  // A warp decodes eight scales of each of its 16 rows at a time, a lane four of them. What is stored is read when the
+  // eight before begin.
   const long long all_scales = (long long)a.n * row_blocks;
-  auto window_row = [&](int tile) { return (long long)min(tile * ROWS + warp * 16 + (lane & 15), a.n - 1) * row_blocks; };
+  auto window_row = [&](int tile) {
+    return (long long)min(tile * ROWS + warp * 16 + (lane & 15), a.n - 1) * row_blocks;
+  };
   auto window_first = [&](int chunk) { return chunk / WINDOW * 8 + (lane >> 4) * 4; };
   auto read_window = [&](int tile, int chunk) {
     return read_scales(a, window_row(tile) + min(window_first(chunk), row_blocks - 1), all_scales);
@@ -291,15 +295,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   RawScales raw = read_window(tile, chunk);
   auto write_window = [&] {
     const int first = window_first(chunk);
-    FourScales four;
     float value[4];
     decode_scales(value, raw, a, table, window_row(tile) + min(first, row_blocks - 1));
+    FourScales four;
 #pragma unroll
-    for (int i = 0; i < 4; i++) four.value[i] = wanted(first + i < row_blocks ? value[i] : 0.0f);  // or a last half chunk
+    for (int i = 0; i < 4; i++)  // columns past the last one: x is 0 there, and so is the scale
+      four.value[i] = wanted(first + i < row_blocks ? value[i] : 0.0f);
     *(FourScales*)(scale_at(table, warp, lane & 15, (lane >> 4) * 4)) = four;
     __syncwarp();
-    const int next = (chunk / WINDOW + 1) * WINDOW;
-    raw = next < chunks ? read_window(tile, next) : read_window(tile + 1, 0);
+    const int following = (chunk / WINDOW + 1) * WINDOW;
+    const bool next_tile = following >= chunks;
+    raw = read_window(tile + next_tile, next_tile ? 0 : following);
   };
   Scale scales[2][2];  // of a chunk's halves, rows g and g + 8 of the warp's
   auto take_scales = [&] {
@@ -321,8 +327,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   };
 
   // ------------------------------------------------------------------------------------------ codes to operands
-  // Of each 16 columns, 8 bytes of a row, a thread has bytes t and t + 4: it reads all, its four neighbours the same, and
-  // takes its own byte of each word.
+  // Of the 8 bytes of 16 columns of a row, bytes t and t + 4 belong to a thread. It reads all, as do the three
+  // neighbours that have the others, and takes its own byte of each word.
   const u32 own_byte = 0x5504 | t << 4;
   const u32 own_codes = X_BYTES + warp * 1024 + g * 64;
   auto decode = [&](Operand& operand, int slot, int group) {
@@ -371,12 +377,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 #endif
   };
 
-  // Where other blocks have chunks of the tile as well, all leave their sums; true for the last block to come, with all
-  // of them added up.
+  // Where other blocks have chunks of the tile as well, all leave their sums, and only the last of them goes on, with
+  // all added up.
   auto all_added = [&] {
     const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1), own = blockIdx.x;
     if (first == last) return true;
-    // block + tile is another number for each block and tile that meet
+    // block + tile is another number for each block and tile that meet: there the block's sums of the tile lie
     constexpr int PART = ROWS * TILE_M;
     float* parts = a.workspace + ((long long)blockIdx.y * (gridDim.x + tiles) + tile) * PART + thread * 4;
     float* own_part = parts + (long long)own * PART;
@@ -388,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     if (thread == 0) *last_to_come = count_up(a.counters + blockIdx.y * tiles + tile, last - first) == last - first;
     __syncthreads();
     if (!*last_to_come) return false;
-    // x + y is y + x: only from the third block on its own sums are not what to begin with
+    // One's own sums can be begun with if they are the first or the second ones: x + y is y + x.
     const bool keep = own - first <= 1;
     if (!keep) clear_sums();
 #pragma unroll PARTS_AT_ONCE
@@ -414,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
       const float* from = sums + 4 * c;
       u32 upper = pair_of_two(from[0] + bias0, from[1] + bias0), lower = pair_of_two(from[2] + bias1, from[3] + bias1);
       if ((a.n & 3) == 0) {
-        // four neighbours of one row of the output for each lane, 16 for four lanes: whole sectors of memory
+        // a lane gets four neighbours of a row of the output, so that four lanes write 32 bytes
         upper = transposed(upper), lower = transposed(lower);
         const u32 other = __shfl_xor_sync(0xFFFFFFFF, t & 1 ? upper : lower, 1);
         const int n = row + (t & 1) * 8 + (t & 2) * 2, at = c * 8 + g;
@@ -437,9 +443,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     if (s < left) copy_codes(s);
   commit_copies();
   if (thread == 0) barrier.init(WARPS);
-  if (NESTED && thread < 256) *value_of_code(table, thread) = a.dynamic[thread];
-  if (NESTED && thread == 0) *value_of_code(table, 256) = *a.offset;
+  const float value = NESTED && thread < 256 ? a.dynamic[thread] : 0.0f, offset = NESTED ? *a.offset : 0.0f;
   fill_pair_table<THREADS>(table, a.pairs);
+  if (NESTED && thread < 256) *value_of_code(table, thread) = value;
+  if (NESTED && thread == 0) *value_of_code(table, 256) = offset;
   __syncthreads();
   write_window();
   take_scales();
@@ -449,8 +456,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     commit_copies();
     if (++at == chunks) at = 0;
   }
-  clear_sums();
-  Operand operands[2];  // of one group in work, and the next
+  Operand operands[2];  // of the group in work, and of the next one
   wait_for_copies<LEAD>();
   __syncwarp();
   decode(operands[0], 0, 0);
