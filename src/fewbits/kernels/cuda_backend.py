@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ _CHUNK = 64  # bytes of a row that a warp takes at a time
 _TABLE = 65536  # bytes of its table of pairs
 _FEW_ROWS = 16
 _DECODE_ARGUMENTS = "9Pq4i"
+_SKINNY_ARGUMENTS = "9Pq4i2P"
+_SKINNY_ROWS = 128  # of x, at most
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -104,12 +106,8 @@ def _decode(
         ("COLUMN_TILES", tiles), ("ROW_TILES", row_tiles), ("CHUNKS", chunks), ("STAGES", stages),
         ("WHOLE", int(whole)),
     )  # fmt: skip
-    try:
-        made = nvrtc.kernel("decode.cu", defines, device, _DECODE_ARGUMENTS, 32 * _WARPS, shared)
-    except CudaError as error:
-        warnings.warn(f"a kernel cannot be made, a slower one runs instead: {error}", FewbitsWarning, stacklevel=2)
-        return None
-    return made, min(-(-n // (16 * row_tiles)), processors)
+    made = _made("decode.cu", defines, device, _DECODE_ARGUMENTS, 32 * _WARPS, shared)
+    return None if made is None else (made, min(-(-n // (16 * row_tiles)), processors))
 
 
 def _served(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
@@ -120,6 +118,71 @@ def _served(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
         and packed.data_ptr() % 16 == 0
         and (bias is None or bias.dtype is x.dtype or bias.dtype is torch.float32)
     )
+
+
+# ------------------------------------------------------------------------------------------------- some tens of rows
+
+
+class _Skinny(NamedTuple):
+    """A kernel of skinny_4bit.cu: its grid is ``blocks`` by tiles of ``tile_m`` rows of x."""
+
+    kernel: Kernel
+    tile_m: int
+    blocks: int
+    tiles: int  # of the weight, each of ``rows`` rows
+    rows: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bool, device: int) -> _Skinny | None:
+    """The kernel for tiles of ``tile_m`` rows of x; None where it does not serve."""
+    processors, room = _limits(device)
+    if k % max(block_size, 64) or block_size < 64 or torch.cuda.get_device_capability(device) != (9, 0):
+        return None  # its matrix instructions are Hopper's alone
+    warpgroups = 4 if n > 4096 or tile_m < 128 else 2
+    rows = 64 * warpgroups
+    slot = tile_m * 256 + rows * 64
+    stages = min((room - _TABLE - 64) // slot, 6)
+    if stages < 3:
+        return None
+    shared = _TABLE + stages * slot + 64
+    defines = (
+        ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
+        ("WARPGROUPS", warpgroups), ("STAGES", stages), ("FOLD", int(tile_m > 32)),
+    )  # fmt: skip
+    kernel = _made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * warpgroups, shared)
+    tiles = -(-n // rows)
+    chunks = -(-k // 128)
+    return None if kernel is None else _Skinny(kernel, tile_m, min(processors, tiles * chunks), tiles, rows)
+
+
+_counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
+_captured_counters: dict[int, tuple[int, Tensor]] = {}  # by device: of the capture that was last seen
+
+
+def _counters_for(device: torch.device, stream: int, count: int) -> Tensor:
+    """int32 zeros, which the kernels leave as zeros: only launches that follow each other may share them."""
+    index = device.index
+    capture = nvrtc.capture_id(stream)
+    if capture:  # a graph's own: it may run beside others later
+        known = _captured_counters.get(index)
+        if known is None or known[0] != capture or known[1].numel() < count:
+            known = _captured_counters[index] = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        return known[1]
+    found = _counters.get((index, stream))
+    if found is None or found.numel() < count:
+        found = _counters[index, stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return found
+
+
+def _made(
+    file: str, defines: tuple[tuple[str, int], ...], device: int, arguments: str, threads: int, shared: int
+) -> Kernel | None:
+    try:
+        return nvrtc.kernel(file, defines, device, arguments, threads, shared)
+    except CudaError as error:
+        warnings.warn(f"a kernel cannot be made, a slower one runs instead: {error}", FewbitsWarning, stacklevel=2)
+        return None
 
 
 def linear_4bit(
@@ -135,18 +198,32 @@ def linear_4bit(
 ) -> Any:
     n, k = shape
     rows = x.numel() // k if k else 0
-    if not (n and 0 < rows <= _FEW_ROWS and _served(x, packed, bias)):
+    if not (n and 0 < rows <= _SKINNY_ROWS and _served(x, packed, bias)):
         return NotImplemented
     dtype, device, index = x.dtype, x.device, x.get_device()
-    tiles = 1 if rows <= 8 else 2
-    plan = _decode(n, k, tiles, dtype is torch.bfloat16, 4, block_size, nested_absmax is not None, index)
-    if plan is None:
+    kind = dtype is torch.bfloat16, nested_absmax is not None
+    decode = skinny = None
+    if rows <= _FEW_ROWS:
+        decode = _decode(n, k, 1 if rows <= 8 else 2, kind[0], 4, block_size, kind[1], index)
+    else:
+        skinny = _skinny(n, k, 32 if rows <= 32 else 64 if rows <= 64 else 128, kind[0], block_size, kind[1], index)
+    if decode is None and skinny is None:
         return NotImplemented
-    nested: tuple[Any, ...] = (0, 0, 0)
+    nested: tuple[int, ...] = (0, 0, 0)
     if nested_absmax is not None and nested_offset is not None:
         nested_absmax = nested_absmax.contiguous()
         nested = nested_absmax.data_ptr(), nested_offset.data_ptr(), codebook("dynamic", device).data_ptr()
-    return _run_decode(plan, x, packed, absmax, (*nested, _pairs(format, dtype, device).data_ptr()), bias, rows, n, k)
+    tables = *nested, _pairs(format, dtype, device).data_ptr()
+    if decode is not None:
+        return _run(decode[0], decode[1], 1, x, packed, absmax, tables, bias, rows, n, k)
+    assert skinny is not None
+    x_tiles = -(-rows // skinny.tile_m)
+    workspace = torch.empty(
+        x_tiles * (skinny.blocks + skinny.tiles) * skinny.rows * skinny.tile_m, dtype=torch.float32, device=device
+    )
+    counters = _counters_for(device, torch._C._cuda_getCurrentRawStream(index), x_tiles * skinny.tiles)
+    more = workspace.data_ptr(), counters.data_ptr()
+    return _run(skinny.kernel, skinny.blocks, x_tiles, x, packed, absmax, tables, bias, rows, n, k, more)
 
 
 def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Any:
@@ -158,11 +235,13 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     plan = _decode(n, k, 1 if rows <= 8 else 2, x.dtype is torch.bfloat16, 8, 64, False, x.get_device())
     if plan is None:
         return NotImplemented
-    return _run_decode(plan, x, q, absmax, (0, 0, 0, 0), bias, rows, n, k)
+    return _run(plan[0], plan[1], 1, x, q, absmax, (0, 0, 0, 0), bias, rows, n, k)
 
 
-def _run_decode(
-    plan: tuple[Kernel, int],
+def _run(
+    kernel: Kernel,
+    grid_x: int,
+    grid_y: int,
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -171,8 +250,8 @@ def _run_decode(
     rows: int,
     n: int,
     k: int,
+    more: tuple[int, ...] = (),
 ) -> Tensor:
-    kernel, blocks = plan
     x_MK = x.reshape(rows, k)
     if x_MK.stride(1) != 1 or x_MK.stride(0) % 8 or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
@@ -184,9 +263,9 @@ def _run_decode(
         bias_pointer, bias_bytes = bias.data_ptr(), bias.element_size()
     arguments = (
         packed.data_ptr(), absmax.data_ptr(), *tables, x_MK.data_ptr(), bias_pointer, out.data_ptr(), x_MK.stride(0),
-        rows, n, k, bias_bytes,
+        rows, n, k, bias_bytes, *more,
     )  # fmt: skip
-    _launch(kernel, x.get_device(), blocks, 1, arguments)
+    _launch(kernel, x.get_device(), grid_x, grid_y, arguments)
     return out
 
 

@@ -234,6 +234,16 @@ def _allowed_while_capturing() -> Iterator[None]:
         _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
+def capture_id(stream: int) -> int:
+    """Which capture into a graph the stream takes part in: 0 for none."""
+    status, found = ctypes.c_int(), ctypes.c_ulonglong()
+    _check(
+        _driver().cuStreamGetCaptureInfo(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(found)),
+        "asking about a capture",
+    )
+    return found.value if status.value else 0
+
+
 @functools.cache
 def kernel(
     file: str, defines: tuple[tuple[str, int], ...], device: int, arguments: str, threads: int, shared: int

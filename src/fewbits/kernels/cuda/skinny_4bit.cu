@@ -20,7 +20,8 @@
 // time.
 //
 // Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block, 64 or more), NESTED (double quantization), TILE_M
-// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, tiles of x.
+// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks (no
+// more than there are chunks), tiles of x.
 
 struct Arguments {
   const u8* packed;         // [N, K / 2]
@@ -36,7 +37,6 @@ struct Arguments {
   int m, n, k, bias_bytes;
   float* workspace;         // [tiles of x, blocks + tiles of the weight, ROWS * TILE_M]
   u32* counters;            // [tiles of x, tiles of the weight]: zeros, before and after
-  int each, longer;         // chunks of a block: `each`, and one more for the first `longer` blocks
 };
 
 constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS;
@@ -44,7 +44,7 @@ constexpr int ROWS = 64 * WARPGROUPS;                   // of the weight, in a t
 constexpr int CHUNK = 128;                              // columns
 constexpr int X_HALF = TILE_M * 128;                    // bytes of 64 columns of x
 constexpr int X_BYTES = 2 * X_HALF, SLOT = X_BYTES + ROWS * CHUNK / 2;
-constexpr int LEAD = STAGES - 2;                        // chunks on their way: one is in work, or even two
+constexpr int LEAD = STAGES - 2;                        // chunks ahead of the one in work that are copied
 constexpr int SUMS = TILE_M / 2;                        // of a thread: 64 rows by TILE_M over 128 threads
 constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;        // chunks that eight scales of a row are for
 // steps of 16 columns that share an operand: 64 columns, or 32 where registers are short
@@ -231,14 +231,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   const int chunks = (a.k + CHUNK - 1) / CHUNK, row_bytes = a.k / 2;
   const int tiles = (a.n + ROWS - 1) / ROWS;
 
-  // this block's stretch
-  const int begin = blockIdx.x * a.each + min((int)blockIdx.x, a.longer);
-  int left = a.each + ((int)blockIdx.x < a.longer), tile = begin / chunks, chunk = begin - tile * chunks;
-  if (left == 0) return;
-  auto block_of = [&](int chunk) {
-    const int before = a.longer * (a.each + 1);
-    return chunk < before ? chunk / (a.each + 1) : a.longer + (chunk - before) / a.each;
-  };
+  // this block's stretch of all chunks; where the blocks are a multiple of the tiles, none goes over a tile's end
+  const u32 all_chunks = tiles * chunks;
+  auto begin_of = [&](u32 block) { return (int)(block * all_chunks / gridDim.x); };
+  auto block_of = [&](u32 chunk) { return (int)(((chunk + 1) * gridDim.x - 1) / all_chunks); };
+  const int begin = begin_of(blockIdx.x);
+  int left = begin_of(blockIdx.x + 1) - begin, tile = begin / chunks, chunk = begin - tile * chunks;
 
   u8* table = shared;
   u8* ring = table + PAIR_TABLE_BYTES;
@@ -477,13 +475,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 #pragma unroll 1
     while (chunk < tile_end) {
       barrier.wait(parity);
+      __syncwarp();
       parity ^= 1;
 #pragma unroll
       for (int group = 0; group < GROUPS; group++) {
         Operand& next = operands[(group + 1) % 2];
         multiply(operands[group % 2], slot, group);
         if (group == 0) {
-          if (left > LEAD) {  // no warp is still at the chunk before the last: its place is free
+          if (left > LEAD) {  // none is still at the chunk before the last one: its place is free
             const int free = slot < 2 ? slot + LEAD : slot - 2;
             copy_x(free, codes_chunk);
             copy_codes(free);
