@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from fewbits import kernels
 from fewbits.errors import ConfigError, FewbitsWarning
+from fewbits.kernels import pieces as pieces_module
 from fewbits.kernels import reference
 from fewbits.kernels.codebooks import decision_rule
 
@@ -203,9 +204,7 @@ class TestKernels:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_int8_whose_unscaled_sums_would_be_infinite(self, dtype, gpu, monkeypatch):
         """In fp16: 400 × 127 × 100."""
-        from fewbits.kernels import triton_backend
-
-        monkeypatch.setattr(triton_backend, "_accumulation_dtype", lambda x: x.dtype)
+        monkeypatch.setattr(pieces_module, "_accumulation_dtype", lambda x: x.dtype)
         q = torch.full((5, 400), 127, dtype=torch.int8, device=gpu)
         absmax = torch.rand(5, device=gpu)
         x = torch.full((20, 400), 100.0, device=gpu, dtype=dtype)
@@ -215,13 +214,9 @@ class TestKernels:
         _close(out, x.double() @ w.t(), UNIT[dtype] * 4 * x.double() @ w.t() + _bound(x, w, dtype), dtype)
 
     def test_weights_in_several_pieces(self, gpu, monkeypatch):
-        from fewbits.kernels import triton_backend
-
-        pieces = triton_backend._pieces
+        pieces = pieces_module.pieces
         monkeypatch.setattr(  # four rows at a time
-            triton_backend,
-            "_pieces",
-            lambda n, *rest: [slice(i, min(i + 4, n)) for i in range(0, n, 4)],
+            pieces_module, "pieces", lambda n, *rest: [slice(i, min(i + 4, n)) for i in range(0, n, 4)]
         )
         assert [p.stop - p.start for p in pieces(28672, 4096, torch.bfloat16, torch.device("cpu"))] == [4096] * 7
         assert pieces(300, 64, torch.float32, torch.device("cpu")) == [slice(0, 300)]

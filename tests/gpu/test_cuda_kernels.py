@@ -19,7 +19,7 @@ from fewbits import kernels
 from fewbits.formats import BLOCK_SIZES, QuantSpec
 from fewbits.kernels import nvrtc
 from fewbits.modules import QuantLinear, install
-from fewbits.tensor import QuantTensor, linear
+from fewbits.tensor import QuantTensor, linear, linear_t
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper"
@@ -84,8 +84,8 @@ def biases(n, dtype):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_odd_shapes(spec, dtype):
     block = spec.block_size if spec.format != "int8" else 16
-    for _ in range(6):
-        k = max(block, 64 if spec.format != "int8" else 16) * random.randint(1, 40 if block < 256 else 3)
+    for few in (1, 3, 37 if block < 256 else 5):  # few numbers of columns, since each compiles kernels
+        k = max(block, 64 if spec.format != "int8" else 16) * few
         n, rows = random.randint(1, 300), random.randint(1, 16)
         q, x, bias = quantized(spec, n, k), torch.randn(rows, k, device="cuda", dtype=dtype), biases(n, dtype)
         out = served(x, q, bias)
@@ -126,6 +126,36 @@ def test_inputs_of_any_layout(spec):
     ):
         check(linear(x, q), x, q, None)
     assert linear(torch.empty(0, 256, device="cuda", dtype=torch.bfloat16), q).shape == (0, 96)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS[1:], ids=str)
+def test_dequantized_to_the_last_bit(spec, out_dtype):
+    from fewbits.kernels import cuda_backend
+
+    for n in (1, 7, 8, 63, 4096, 100_003, 1 << 20):
+        q = QuantTensor.quantize(torch.randn(n, device="cuda"), spec)
+        args = q.packed, q.absmax, q.nested_absmax, q.nested_offset, spec.format, spec.block_size, [n], out_dtype
+        with kernels.use_backend("reference"):
+            expected = kernels.ops.dequantize_4bit(*args)
+        out = cuda_backend.dequantize_4bit(*args)
+        assert torch.equal(out, expected)
+        assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
+def test_rows_that_are_many_and_a_weight_in_pieces(spec, monkeypatch):
+    from fewbits.kernels import pieces
+
+    monkeypatch.setattr(pieces, "_scratch_bytes", lambda device: 300 * 1024 * 2)
+    q = quantized(spec, 1111, 1024)
+    for dtype in UNIT:
+        x, bias = torch.randn(2, 150, 1024, device="cuda", dtype=dtype), biases(1111, dtype)
+        check(served(x, q, bias), x, q, bias)
+        g = torch.randn(3, 1111, device="cuda", dtype=dtype)
+        w, back = values(q), linear_t(g, q)
+        bound = (UNIT[dtype] * 4 + 1111 * 2.0**-23) * (g.double().abs() @ w.abs()) + 1e-6
+        assert ((back.double() - g.double() @ w).abs() <= bound).all()
 
 
 def test_zero_blocks_and_large_values():

@@ -20,6 +20,7 @@ import fewbits.kernels.nvrtc as nvrtc
 from fewbits.errors import FewbitsWarning
 from fewbits.kernels.codebooks import codebook
 from fewbits.kernels.nvrtc import CudaError, Kernel
+from fewbits.kernels.pieces import many_rows, many_rows_t
 
 DEVICE_TYPES = ("cuda",)
 
@@ -63,6 +64,70 @@ def _limits(device: int) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a block may have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin - 2048  # less what is static
+
+
+# ------------------------------------------------------------------------------------------------- dequantizing
+
+
+@functools.lru_cache(maxsize=256)
+def _dequantizer(dtype: torch.dtype, block_size: int, nested: bool, device: int) -> Kernel | None:
+    defines = (
+        ("OUT", dtype.itemsize), ("BF16", int(dtype is torch.bfloat16)), ("FORMAT_BLOCK", block_size),
+        ("NESTED", int(nested)),
+    )  # fmt: skip
+    return _made("dequantize_4bit.cu", defines, device, "7P2q", 256, 0)
+
+
+def _dequantize_into(out: Tensor, packed: Tensor, scales: _Scales, format: str, block_size: int, first: int) -> bool:
+    """Into ``out`` elements ``first`` (a block's first, a multiple of 8) and following; False if it is not served."""
+    index, n = out.get_device(), out.numel()
+    kernel = _dequantizer(out.dtype, block_size, scales.nested is not None, index)
+    if kernel is None:
+        return False
+    block = first // block_size
+    values = codebook(format, out.device)
+    absmax = scales.absmax.data_ptr() + block * scales.absmax.element_size()
+    arguments = (
+        packed.data_ptr() + first // 2, absmax, *scales.pointers(), values.data_ptr(), out.data_ptr(), block, n,
+    )  # fmt: skip
+    blocks = min(-(-n // (256 * 32)), 4 * _limits(index)[0])
+    _launch(kernel, index, max(blocks, 1), 1, arguments)
+    return True
+
+
+class _Scales(NamedTuple):
+    """A weight's scales as the kernels read them."""
+
+    absmax: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
+
+    def pointers(self) -> tuple[int, int, int]:
+        """Of the scales' scales, the offset, and the table of the scales' codes."""
+        if self.nested is None or self.offset is None:
+            return 0, 0, 0
+        return self.nested.data_ptr(), self.offset.data_ptr(), codebook("dynamic", self.absmax.device).data_ptr()
+
+
+def _scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> _Scales:
+    return _Scales(_aligned(absmax), None if nested_absmax is None else nested_absmax.contiguous(), nested_offset)
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Any:
+    if not packed.numel() or dtype not in (*_DTYPES, torch.float32):
+        return NotImplemented
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    scales = _scales(absmax, nested_absmax, nested_offset)
+    return out if _dequantize_into(out, _aligned(packed), scales, format, block_size, 0) else NotImplemented
 
 
 # ------------------------------------------------------------------------------------------------- few rows
@@ -198,22 +263,25 @@ def linear_4bit(
 ) -> Any:
     n, k = shape
     rows = x.numel() // k if k else 0
-    if not (n and 0 < rows <= _SKINNY_ROWS and _served(x, packed, bias)):
+    if not (n and rows and _served(x, packed, bias)):
         return NotImplemented
     dtype, device, index = x.dtype, x.device, x.get_device()
+    scales = _scales(absmax, nested_absmax, nested_offset)
     kind = dtype is torch.bfloat16, nested_absmax is not None
     decode = skinny = None
     if rows <= _FEW_ROWS:
         decode = _decode(n, k, 1 if rows <= 8 else 2, kind[0], 4, block_size, kind[1], index)
-    else:
+    elif rows <= _SKINNY_ROWS:
         skinny = _skinny(n, k, 32 if rows <= 32 else 64 if rows <= 64 else 128, kind[0], block_size, kind[1], index)
     if decode is None and skinny is None:
-        return NotImplemented
-    nested: tuple[int, ...] = (0, 0, 0)
-    if nested_absmax is not None and nested_offset is not None:
-        nested_absmax = nested_absmax.contiguous()
-        nested = nested_absmax.data_ptr(), nested_offset.data_ptr(), codebook("dynamic", device).data_ptr()
-    tables = *nested, _pairs(format, dtype, device).data_ptr()
+        if k % max(block_size, 8) or _dequantizer(dtype, block_size, kind[1], index) is None:
+            return NotImplemented
+        return many_rows(
+            x, bias, n, k,
+            lambda part, out: _dequantize_into(out, packed, scales, format, block_size, part.start * k),
+        )  # fmt: skip
+    tables = *scales.pointers(), _pairs(format, dtype, device).data_ptr()
+    absmax = scales.absmax
     if decode is not None:
         return _run(decode[0], decode[1], 1, x, packed, absmax, tables, bias, rows, n, k)
     assert skinny is not None
@@ -226,6 +294,28 @@ def linear_4bit(
     return _run(skinny.kernel, skinny.blocks, x_tiles, x, packed, absmax, tables, bias, rows, n, k, more)
 
 
+def linear_4bit_t(
+    g: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    block_size: int,
+    shape: list[int],
+) -> Any:
+    n, k = shape
+    dtype, index = g.dtype, g.get_device()
+    if not (k and g.numel() and _served(g, packed, None)) or k % max(block_size, 8):
+        return NotImplemented
+    if _dequantizer(dtype, block_size, nested_absmax is not None, index) is None:
+        return NotImplemented
+    scales = _scales(absmax, nested_absmax, nested_offset)
+    return many_rows_t(
+        g, n, k, lambda part, out: _dequantize_into(out, packed, scales, format, block_size, part.start * k)
+    )
+
+
 def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Any:
     """As Triton's: x keeps its own precision, so that no column is an outlier and ``threshold`` has no effect."""
     n, k = q.shape
@@ -235,7 +325,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     plan = _decode(n, k, 1 if rows <= 8 else 2, x.dtype is torch.bfloat16, 8, 64, False, x.get_device())
     if plan is None:
         return NotImplemented
-    return _run(plan[0], plan[1], 1, x, q, absmax, (0, 0, 0, 0), bias, rows, n, k)
+    return _run(plan[0], plan[1], 1, x, q, _aligned(absmax), (0, 0, 0, 0), bias, rows, n, k)
 
 
 def _run(
@@ -256,7 +346,6 @@ def _run(
     if x_MK.stride(1) != 1 or x_MK.stride(0) % 8 or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    absmax = _aligned(absmax)
     bias_pointer = bias_bytes = 0
     if bias is not None:
         bias = bias.contiguous()

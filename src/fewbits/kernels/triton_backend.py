@@ -21,14 +21,14 @@ import struct
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import fewbits.kernels.reference as reference
 from fewbits.kernels.codebooks import codebook, decision_rule
-from fewbits.kernels.reference import _TINY, _accumulation_dtype
+from fewbits.kernels.pieces import many_rows, many_rows_t
+from fewbits.kernels.reference import _TINY
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 DEVICE_TYPES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
@@ -487,58 +487,6 @@ def _served(x: Tensor, rows: int, packed: Tensor, n: int) -> bool:
     return rows * n > 0 and x.dtype in _DTYPES and x.get_device() == packed.get_device()
 
 
-@functools.cache
-def _scratch_bytes(device: torch.device) -> int:
-    """Of a dequantized piece of a weight: it shall stay in the L2 cache from being written to being read."""
-    if device.type != "cuda":
-        return 32 << 20
-    properties: Any = torch.cuda.get_device_properties(device)
-    return max(int(properties.L2_cache_size * 0.6), 8 << 20)
-
-
-def _pieces(n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> list[slice]:
-    """Rows of a weight [n, k], about as many in each piece; all in one if rows are not whole blocks."""
-    count = -(-n * k * dtype.itemsize // _scratch_bytes(device)) if aligned else 1
-    step = -(-n // max(count, 1))
-    step = min(-(-step // 128) * 128, n)  # matrix units work on tiles
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
-
-
-def _many_rows(x: Tensor, bias: Tensor | None, n: int, k: int, decode: Any, aligned: bool = True) -> Tensor:
-    """x [..., k] times a weight [n, k] of which ``decode(rows, out)`` writes a piece."""
-    x_MK = x.reshape(-1, k).to(_accumulation_dtype(x))
-    dtype, device = x_MK.dtype, x.device
-    bias_N = None if bias is None else bias.to(dtype)
-    pieces = _pieces(n, k, dtype, device, aligned)
-    scratch = torch.empty(pieces[0].stop, k, dtype=dtype, device=device)
-    if len(pieces) == 1:
-        decode(pieces[0], scratch)
-        return F.linear(x_MK, scratch, bias_N).to(x.dtype).view(*x.shape[:-1], n)
-    out_MN = torch.empty(x_MK.shape[0], n, dtype=dtype, device=device)
-    for rows in pieces:
-        w_NK = scratch[: rows.stop - rows.start]
-        decode(rows, w_NK)
-        if bias_N is None:
-            torch.mm(x_MK, w_NK.t(), out=out_MN[:, rows])
-        else:
-            torch.addmm(bias_N[rows], x_MK, w_NK.t(), out=out_MN[:, rows])
-    return out_MN.to(x.dtype).view(*x.shape[:-1], n)
-
-
-def _many_rows_t(g: Tensor, n: int, k: int, decode: Any, aligned: bool = True) -> Tensor:
-    """g [..., n] times a weight [n, k] of which ``decode(rows, out)`` writes a piece."""
-    g_MN = g.reshape(-1, n).to(_accumulation_dtype(g))
-    pieces = _pieces(n, k, g_MN.dtype, g.device, aligned)
-    scratch = torch.empty(pieces[0].stop, k, dtype=g_MN.dtype, device=g.device)
-    out_MK = None
-    for rows in pieces:
-        w_NK = scratch[: rows.stop - rows.start]
-        decode(rows, w_NK)
-        out_MK = g_MN[:, rows] @ w_NK if out_MK is None else out_MK.addmm_(g_MN[:, rows], w_NK)
-    assert out_MK is not None
-    return out_MK.to(g.dtype).view(*g.shape[:-1], k)
-
-
 def linear_4bit(
     x: Tensor,
     packed: Tensor,
@@ -556,7 +504,7 @@ def linear_4bit(
         return reference.linear_4bit(x, packed, absmax, nested_absmax, nested_offset, bias, format, block_size, shape)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
     if rows > _FEW_ROWS or k % block_size:
-        return _many_rows(
+        return many_rows(
             x, bias, n, k,
             lambda rows, out: _decode_4bit(packed, nested, format, block_size, rows.start * k, out.view(-1)),
             aligned=k % block_size == 0,
@@ -604,7 +552,7 @@ def linear_4bit_t(
     if not _served(g, rows, packed, k) or block_size not in _BLOCK_SIZES:
         return reference.linear_4bit_t(g, packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
-    return _many_rows_t(
+    return many_rows_t(
         g, n, k,
         lambda rows, out: _decode_4bit(packed, nested, format, block_size, rows.start * k, out.view(-1)),
         aligned=k % block_size == 0,
@@ -620,7 +568,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
         return reference.linear_int8(x, q, absmax, bias, threshold)
     q, absmax = q.contiguous(), absmax.contiguous()
     if rows > _FEW_ROWS:
-        return _many_rows(x, bias, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))
+        return many_rows(x, bias, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))
     bias = None if bias is None else bias.contiguous()
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     x_MK = _rows_of(x, rows, k)
@@ -650,4 +598,4 @@ def linear_int8_t(g: Tensor, q: Tensor, absmax: Tensor) -> Tensor:
     if not _served(g, rows, q, k):
         return reference.linear_int8_t(g, q, absmax)
     q, absmax = q.contiguous(), absmax.contiguous()
-    return _many_rows_t(g, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))
+    return many_rows_t(g, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))

@@ -20,8 +20,8 @@
 // time.
 //
 // Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block, 64 or more), NESTED (double quantization), TILE_M
-// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks (no
-// more than there are chunks), tiles of x.
+// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, no more than there are
+// chunks; tiles of x.
 
 struct Arguments {
   const u8* packed;         // [N, K / 2]
