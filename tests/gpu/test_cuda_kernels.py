@@ -5,6 +5,7 @@ Uninitialized memory is NaN in these tests, so that whatever a kernel leaves out
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -51,13 +52,17 @@ def values(q):
 
 
 def check(out, x, q, bias):
-    """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms."""
+    """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms.
+
+    From 17 rows on scales are rounded, too, and from 129 on torch multiplies, which may round sums of parts of a row.
+    """
     w, wide = values(q), x.double().reshape(-1, x.shape[-1])
     exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
     if bias is not None:
         exact = exact + bias.double()
     unit = UNIT[x.dtype]
-    bound = (unit + x.shape[-1] * 2.0**-23) * size + unit * exact.abs() * (1 + 2.0**-6) + 1e-7
+    roundings = 1 if len(wide) <= 16 else 3
+    bound = (roundings * unit + x.shape[-1] * 2.0**-23) * size + unit * exact.abs() * (1 + 2.0**-6) + 1e-7
     assert out.shape == (*x.shape[:-1], q.shape[0])
     assert out.dtype == x.dtype
     wrong = (out.double().reshape_as(exact) - exact).abs() - bound
@@ -250,9 +255,11 @@ def test_past_the_dispatcher_and_through_it(spec):
 
 def test_the_operators_own_tests_with_this_backend():
     code = "import sys, pytest; from fewbits import kernels; kernels._load('cuda'); sys.exit(pytest.main())"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", "cuda and not reference")
     done = subprocess.run(
-        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "cuda-cuda"],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", code, *options, "tests/test_kernels.py"],
+        env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
