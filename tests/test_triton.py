@@ -218,9 +218,10 @@ class TestKernels:
         monkeypatch.setattr(  # four rows at a time
             pieces_module, "pieces", lambda n, *rest: [slice(i, min(i + 4, n)) for i in range(0, n, 4)]
         )
-        assert [p.stop - p.start for p in pieces(28672, 4096, torch.bfloat16, torch.device("cpu"))] == [4096] * 7
-        assert pieces(300, 64, torch.float32, torch.device("cpu")) == [slice(0, 300)]
-        assert pieces(28672, 4096, torch.bfloat16, torch.device("cpu"), False) == [slice(0, 28672)]
+        cpu = torch.device("cpu")
+        assert [p.stop - p.start for p in pieces(28672, 4096, 9, torch.bfloat16, cpu)] == [14336] * 2
+        assert pieces(300, 64, 9, torch.float32, cpu) == [slice(0, 300)]
+        assert pieces(28672, 4096, 9, torch.bfloat16, cpu, False) == [slice(0, 28672)]
         state, w = _state_4bit((18, 128), "nf4", 64, True, gpu)
         q, absmax = reference.quantize_int8(w.float())
         w_int8 = q.double() * absmax.double()[:, None] / 127

@@ -54,14 +54,15 @@ def values(q):
 def check(out, x, q, bias):
     """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms.
 
-    From 17 rows on scales are rounded, too, and from 129 on torch multiplies, which may round sums of parts of a row.
+    From 129 rows on torch multiplies, which may round the sums of parts of a row, and rounds the bias.
     """
     w, wide = values(q), x.double().reshape(-1, x.shape[-1])
     exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
+    unit = UNIT[x.dtype]
+    roundings = 1 if len(wide) <= 128 else 3
     if bias is not None:
         exact = exact + bias.double()
-    unit = UNIT[x.dtype]
-    roundings = 1 if len(wide) <= 16 else 3
+        size = size + bias.double().abs()
     bound = (roundings * unit + x.shape[-1] * 2.0**-23) * size + unit * exact.abs() * (1 + 2.0**-6) + 1e-7
     assert out.shape == (*x.shape[:-1], q.shape[0])
     assert out.dtype == x.dtype
@@ -152,7 +153,7 @@ def test_dequantized_to_the_last_bit(spec, out_dtype):
 def test_rows_that_are_many_and_a_weight_in_pieces(spec, monkeypatch):
     from fewbits.kernels import pieces
 
-    monkeypatch.setattr(pieces, "_scratch_bytes", lambda device: 300 * 1024 * 2)
+    monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 300 * 1024 * 2)
     q = quantized(spec, 1111, 1024)
     for dtype in UNIT:
         x, bias = torch.randn(2, 150, 1024, device="cuda", dtype=dtype), biases(1111, dtype)

@@ -3,8 +3,9 @@
 What is not served here (other dtypes, rows that are not whole blocks, more rows of x, an older GPU) is left to the
 next backend, by returning ``NotImplemented``. Layouts are those of :mod:`fewbits.kernels.reference`.
 
-Values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and the output is rounded once.
-The same inputs give the same bits every time.
+Up to 128 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and the
+output is rounded once; with more rows it is the weight that is rounded, and torch multiplies. The same inputs give the
+same bits every time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _WARPS = 16  # of decode.cu
 _CHUNK = 64  # bytes of a row that a warp takes at a time
 _TABLE = 65536  # bytes of its table of pairs
 _FEW_ROWS = 16
+_INT8_ROWS = 48  # up to which the weight is rather read several times than dequantized
 _DECODE_ARGUMENTS = "9Pq4i"
 _SKINNY_ARGUMENTS = "9Pq4i2P"
 _SKINNY_ROWS = 128  # of x, at most
@@ -204,21 +206,24 @@ def _skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bo
     processors, room = _limits(device)
     if k % max(block_size, 64) or block_size < 64 or torch.cuda.get_device_capability(device) != (9, 0):
         return None  # its matrix instructions are Hopper's alone
-    warpgroups = 4 if n > 4096 or tile_m < 128 else 2
+    # measured on an H200; with scales in fp32 (FOLD = 0), as bitsandbytes has less error than with folded ones
+    warpgroups = 4 if n > 8192 and tile_m < 128 else 2
     rows = 64 * warpgroups
     slot = tile_m * 256 + rows * 64
-    stages = min((room - _TABLE - 64) // slot, 6)
+    stages = min((room - _TABLE - 64) // slot, 8)
     if stages < 3:
         return None
     shared = _TABLE + stages * slot + 64
     defines = (
         ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
-        ("WARPGROUPS", warpgroups), ("STAGES", stages), ("FOLD", int(tile_m > 32)),
+        ("WARPGROUPS", warpgroups), ("STAGES", stages), ("FOLD", 0),
     )  # fmt: skip
     kernel = _made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * warpgroups, shared)
     tiles = -(-n // rows)
-    chunks = -(-k // 128)
-    return None if kernel is None else _Skinny(kernel, tile_m, min(processors, tiles * chunks), tiles, rows)
+    # a multiple of the tiles if that leaves few processors idle: no block then has a part of two tiles
+    blocks = processors // tiles * tiles
+    blocks = blocks if blocks >= 0.9 * processors else processors
+    return None if kernel is None else _Skinny(kernel, tile_m, min(blocks, tiles * -(-k // 128)), tiles, rows)
 
 
 _counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
@@ -320,12 +325,19 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     """As Triton's: x keeps its own precision, so that no column is an outlier and ``threshold`` has no effect."""
     n, k = q.shape
     rows = x.numel() // k if k else 0
-    if not (n and 0 < rows <= _FEW_ROWS and _served(x, q, bias)):
+    if not (n and 0 < rows <= _INT8_ROWS and _served(x, q, bias)):
         return NotImplemented
-    plan = _decode(n, k, 1 if rows <= 8 else 2, x.dtype is torch.bfloat16, 8, 64, False, x.get_device())
-    if plan is None:
-        return NotImplemented
-    return _run(plan[0], plan[1], 1, x, q, _aligned(absmax), (0, 0, 0, 0), bias, rows, n, k)
+    absmax, bf16, index = _aligned(absmax), x.dtype is torch.bfloat16, x.get_device()
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    x_MK, out_MN = x.reshape(rows, k), out.view(rows, n)
+    for first in range(0, rows, _FEW_ROWS):
+        count = min(_FEW_ROWS, rows - first)
+        plan = _decode(n, k, 1 if count <= 8 else 2, bf16, 8, 64, False, index)
+        if plan is None:
+            return NotImplemented
+        part = slice(first, first + count)
+        _run(plan[0], plan[1], 1, x_MK[part], q, absmax, (0, 0, 0, 0), bias, count, n, k, out=out_MN[part])
+    return out
 
 
 def _run(
@@ -341,11 +353,13 @@ def _run(
     n: int,
     k: int,
     more: tuple[int, ...] = (),
+    out: Tensor | None = None,
 ) -> Tensor:
     x_MK = x.reshape(rows, k)
     if x_MK.stride(1) != 1 or x_MK.stride(0) % 8 or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     bias_pointer = bias_bytes = 0
     if bias is not None:
         bias = bias.contiguous()

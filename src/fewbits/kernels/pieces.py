@@ -16,17 +16,26 @@ Decode = Callable[[slice, Tensor], object]  # rows of a weight, and where they g
 
 
 @functools.cache
-def _scratch_bytes(device: torch.device) -> int:
-    """Of a dequantized piece of a weight: it shall stay in the L2 cache from being written to being read."""
-    if device.type != "cuda":
-        return 32 << 20
+def _scratch_bytes(device: torch.device, rows: int) -> int:
+    """Of a dequantized piece of a weight.
+
+    With many rows of x it shall about stay in the L2 cache from being written to being read. With fewer, products of
+    small pieces leave matrix units idle, which costs more (measured on an H200, at 512 and 2048 rows).
+    """
+    if rows < 1024 or device.type != "cuda":
+        return 128 << 20
     properties: Any = torch.cuda.get_device_properties(device)
-    return max(int(properties.L2_cache_size * 0.6), 8 << 20)
+    return max(int(properties.L2_cache_size * 1.2), 32 << 20)
 
 
-def pieces(n: int, k: int, dtype: torch.dtype, device: torch.device, aligned: bool = True) -> list[slice]:
-    """Rows of a weight [n, k], about as many in each piece; all in one if rows are not whole blocks."""
-    count = -(-n * k * dtype.itemsize // _scratch_bytes(device)) if aligned else 1
+def pieces(
+    n: int, k: int, rows: int, dtype: torch.dtype, device: torch.device, aligned: bool = True
+) -> list[slice]:  # fmt: skip
+    """Rows of a weight [n, k], about as many in each piece; all in one if they are not whole blocks.
+
+    ``rows``: of x.
+    """
+    count = -(-n * k * dtype.itemsize // _scratch_bytes(device, min(rows, 1024))) if aligned else 1
     step = -(-n // max(count, 1))
     step = min(-(-step // 128) * 128, n)  # matrix units work on tiles
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
@@ -39,7 +48,7 @@ def many_rows(
     x_MK = x.reshape(-1, k).to(_accumulation_dtype(x))
     dtype, device = x_MK.dtype, x.device
     bias_N = None if bias is None else bias.to(dtype)
-    parts = pieces(n, k, dtype, device, aligned)
+    parts = pieces(n, k, x_MK.shape[0], dtype, device, aligned)
     scratch = torch.empty(parts[0].stop, k, dtype=dtype, device=device)
     if len(parts) == 1:
         decode(parts[0], scratch)
@@ -58,7 +67,7 @@ def many_rows(
 def many_rows_t(g: Tensor, n: int, k: int, decode: Decode, *, aligned: bool = True) -> Tensor:
     """g [..., n] times a weight [n, k] of which ``decode`` writes rows; ``aligned``: rows are whole blocks."""
     g_MN = g.reshape(-1, n).to(_accumulation_dtype(g))
-    parts = pieces(n, k, g_MN.dtype, g.device, aligned)
+    parts = pieces(n, k, g_MN.shape[0], g_MN.dtype, g.device, aligned)
     scratch = torch.empty(parts[0].stop, k, dtype=g_MN.dtype, device=g.device)
     out_MK = None
     for rows in parts:
