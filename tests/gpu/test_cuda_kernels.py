@@ -149,6 +149,59 @@ def test_dequantized_to_the_last_bit(spec, out_dtype):
         assert torch.equal(out.isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [32, 64, 128, 256])
+def test_quantized_to_the_last_bit(block, dtype):
+    from fewbits.kernels import cuda_backend
+
+    for n in (8, 64, 4096, 100_000, (1 << 20) + 8):
+        w = torch.randn(n, device="cuda").to(dtype)
+        w[: n // 2] *= torch.logspace(-30, 4, n // 2, device="cuda").to(dtype)
+        if n > 1000:
+            w[256:512] = 0
+            w[512:1024] = 1e-40  # below the floor of a divisor
+            w[1024:1040] = torch.linspace(-1, 1, 16, device="cuda").to(dtype)
+            w[3000] = torch.nan
+            w[3500] = torch.inf
+        with kernels.use_backend("reference"):
+            packed, absmax = kernels.ops.quantize_4bit(w, "nf4", block)
+            expected = packed, absmax, *kernels.ops.quantize_absmax(absmax)
+        packed, absmax = cuda_backend.quantize_4bit(w, "nf4", block)
+        found = packed, absmax, *cuda_backend.quantize_absmax(absmax)
+        for ours, reference in zip(found, expected, strict=True):
+            assert torch.equal(ours.nan_to_num(-7.0), reference.nan_to_num(-7.0)), n
+
+
+def test_every_bound_between_codes():
+    """Values at, just below and just above each: a tie takes the lower code."""
+    from fewbits.kernels import cuda_backend
+    from fewbits.kernels.codebooks import decision_rule
+
+    bounds = decision_rule("nf4", torch.device("cuda"))[0]
+    edges = torch.cat(
+        [bounds, torch.arange(-16, 17, device="cuda") / 16, torch.arange(-15, 17, device="cuda") / 16 - 1 / 32]
+    )
+    values = torch.cat([edges, edges.nextafter(edges.new_tensor(-2.0)), edges.nextafter(edges.new_tensor(2.0))]).clamp(
+        -1, 1
+    )
+    w = torch.ones(len(values), 32, device="cuda")
+    w[:, 5] = values
+    with kernels.use_backend("reference"):
+        expected = kernels.ops.quantize_4bit(w.view(-1), "nf4", 32)
+    for ours, reference in zip(cuda_backend.quantize_4bit(w.view(-1), "nf4", 32), expected, strict=True):
+        assert torch.equal(ours, reference)
+
+
+def test_scales_that_are_all_the_same():
+    from fewbits.kernels import cuda_backend
+
+    for absmax in (torch.full((300,), 0.25, device="cuda"), torch.rand(70_001, device="cuda")):
+        with kernels.use_backend("reference"):
+            expected = kernels.ops.quantize_absmax(absmax)
+        for ours, reference in zip(cuda_backend.quantize_absmax(absmax), expected, strict=True):
+            assert torch.equal(ours, reference)
+
+
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
 def test_rows_that_are_many_and_a_weight_in_pieces(spec, monkeypatch):
     from fewbits.kernels import pieces
@@ -257,6 +310,7 @@ def test_past_the_dispatcher_and_through_it(spec):
 def test_the_operators_own_tests_with_this_backend():
     code = "import sys, pytest; from fewbits import kernels; kernels._load('cuda'); sys.exit(pytest.main())"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", "cuda and not reference")
     done = subprocess.run(
         [sys.executable, "-c", code, *options, "tests/test_kernels.py"],

@@ -19,9 +19,10 @@ from torch import Tensor
 
 import fewbits.kernels.nvrtc as nvrtc
 from fewbits.errors import FewbitsWarning
-from fewbits.kernels.codebooks import codebook
+from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.nvrtc import CudaError, Kernel
 from fewbits.kernels.pieces import many_rows, many_rows_t
+from fewbits.kernels.reference import NESTED_BLOCK
 
 DEVICE_TYPES = ("cuda",)
 
@@ -132,6 +133,58 @@ def dequantize_4bit(
     return out if _dequantize_into(out, _aligned(packed), scales, format, block_size, 0) else NotImplemented
 
 
+# ------------------------------------------------------------------------------------------------- quantizing
+
+
+@functools.lru_cache(maxsize=8)
+def _buckets(device: torch.device) -> Tensor:
+    """fp32 [33, 2] for nf4: the bound that rounds to each of -16 … 16 sixteenths, and (as bits) the code below it."""
+    bounds = decision_rule("nf4", torch.device("cpu"))[0]
+    buckets = torch.full((33, 2), torch.inf)
+    buckets[:, 1] = torch.tensor(
+        [int((bounds < (i - 16.5) / 16).sum()) for i in range(33)], dtype=torch.int32
+    ).view(torch.float32)  # fmt: skip
+    at = (bounds * 16).round().long() + 16
+    assert len(at.unique()) == len(at), "no two bounds are in one bucket"
+    buckets[at, 0] = bounds
+    return buckets.to(device)
+
+
+def quantize_4bit(w: Tensor, format: str, block_size: int) -> Any:
+    n = w.numel()
+    # fp4's bounds lie too close; long blocks are no warp's
+    if not n or n % 8 or format != "nf4" or block_size > 256 or w.dtype not in (*_DTYPES, torch.float32):
+        return NotImplemented
+    index = w.get_device()
+    defines = ("IN", w.element_size()), ("BF16", int(w.dtype is torch.bfloat16)), ("FORMAT_BLOCK", block_size)
+    kernel = _made("quantize_4bit.cu", defines, index, "4Pq", 256, 0)
+    if kernel is None:
+        return NotImplemented
+    w = _aligned(w)
+    packed = torch.empty(n // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=w.device)
+    arguments = w.data_ptr(), _buckets(w.device).data_ptr(), packed.data_ptr(), absmax.data_ptr(), n
+    _launch(kernel, index, min(-(-n // (256 * 32)), 8 * _limits(index)[0]), 1, arguments)
+    return packed, absmax
+
+
+def quantize_absmax(absmax: Tensor) -> Any:
+    n, index = absmax.numel(), absmax.get_device()
+    kernel = _made("quantize_absmax.cu", (("BF16", 1),), index, "5Pq", 256, 0) if n else None
+    if kernel is None:
+        return NotImplemented
+    absmax = absmax.contiguous()
+    offset = absmax.mean()
+    codes = torch.empty(n, dtype=torch.uint8, device=absmax.device)
+    nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=absmax.device)
+    bounds = decision_rule("dynamic", absmax.device)[0]
+    arguments = (
+        absmax.data_ptr(), offset.data_ptr(), bounds.data_ptr(), codes.data_ptr(), nested.data_ptr(), n,
+    )  # fmt: skip
+    _launch(kernel, index, nested.numel(), 1, arguments)
+    return codes, nested, offset
+
+
 # ------------------------------------------------------------------------------------------------- few rows
 
 
@@ -154,13 +207,13 @@ def _decode(
         rows, slots = 16 * row_tiles, chunks * row_tiles
         scales = 2 * _WARPS * rows * max(columns // block_size, 1) * 4 if bits == 4 else 0
         partials = 2 * _WARPS * 8 * tiles * (rows + 4) * 4
+        rounds = -(-n // (rows * processors))
         # slots of the ring (measured on an H200): four pay where a tile's are a multiple, constants to the compiler
-        stages = 4 if tiles == 1 and slots % 4 == 0 and chunks <= 4 else 3
+        stages = 4 if tiles == 1 and slots % 4 == 0 and chunks <= 4 and rounds > 1 else 3
         stages = min(stages, slots + 1)
         shared = (_TABLE if bits == 4 else 0) + _WARPS * stages * 1024 + scales + partials
         if shared > room:
             continue
-        rounds = -(-n // (rows * processors))
         cost = rounds * (row_tiles + 1)  # measured
         if best is None or cost < best[0]:
             best = cost, (row_tiles, stages, shared)
