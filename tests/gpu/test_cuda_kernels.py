@@ -311,7 +311,7 @@ def test_the_operators_own_tests_with_this_backend():
     code = "import sys, pytest; from fewbits import kernels; kernels._load('cuda'); sys.exit(pytest.main())"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", "cuda and not reference")
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist", "-k", "cuda-cuda")
     done = subprocess.run(
         [sys.executable, "-c", code, *options, "tests/test_kernels.py"],
         env=environment, capture_output=True, text=True, check=False,

@@ -30,9 +30,9 @@ DEVICE float element(const Eight& eight, int i) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) quantize_4bit(const __grid_constant__ Arguments a) {
-  __shared__ float2 table[33][16];
+  __shared__ float2 table[64][16];  // of which a NaN may find any
   const int thread = threadIdx.x, lane = thread & 31;
-  for (int i = thread; i < 33 * 16; i += THREADS) table[i >> 4][i & 15] = a.buckets[i >> 4];
+  for (int i = thread; i < 64 * 16; i += THREADS) table[i >> 4][i & 15] = a.buckets[min(i >> 4, 32)];
   __syncthreads();
   const u8* own = (const u8*)&table[0][lane & 15];
   const long long words = a.n / 8, step = (long long)gridDim.x * THREADS * WORDS;
