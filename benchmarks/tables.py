@@ -59,18 +59,75 @@ def gpt2_xl() -> str:
 
 
 def linear() -> str:
-    rows = [
-        (f"{row['format']}, {where}", row["rows"], row)
-        for where, name in (("2 CPU cores", "linear-cpu.json"), ("one H200, eager", "linear-cuda.json"))
-        for row in _load(name)["rows"]
-    ]
     return _table(
-        ("4096 × 4096, bf16 input, µs a call", "rows", "bf16 torch", "bitsandbytes", "fewbits", "fewbits / peer"),
+        ("4096 × 4096, 2 CPU cores, bf16 input, µs a call", "rows", "bf16 torch", "bitsandbytes", "fewbits", "× peer"),
         (
-            (name, str(m), f"{r['torch']:.0f}", f"{r['peer']:.0f}", f"{r['ours']:.0f}", f"{r['ours'] / r['peer']:.1f}")
-            for name, m, r in rows
+            (row["format"], str(row["rows"]), *(f"{row[who]:.0f}" for who in ("torch", "peer", "ours")),
+             f"{row['ours'] / row['peer']:.1f}")
+            for row in _load("linear-cpu.json")["rows"]
+        ),
+    )  # fmt: skip
+
+
+_FORMATS = {"nf4-dq": "nf4, double quantization", "int8": "int8"}
+
+
+def linear_gpu() -> str:
+    """Microseconds of fewbits for each shape, and beside them the times of bf16 and of bitsandbytes as multiples."""
+    result = _load("linear-cuda.json")
+    rows = [row for row in result["rows"] if row["format"] in _FORMATS]
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    found = {(row["format"], row["rows"], tuple(row["shape"])): row for row in rows}
+
+    def cell(row: dict | None) -> str:
+        if row is None or row["ours"] is None:
+            return ""
+        peer = "" if row["peer"] is None else f"{row['peer'] / row['ours']:.1f}"
+        return f"{row['ours']:.1f} ({row['torch'] / row['ours']:.2f}, {peer})"
+
+    return _table(
+        ("µs (bf16's time and bitsandbytes' as multiples)", "rows of x", *(f"{n} × {k}" for n, k in shapes)),
+        (
+            (title, str(m), *(cell(found.get((format, m, shape))) for shape in shapes))
+            for format, title in _FORMATS.items()
+            for m in dict.fromkeys(row["rows"] for row in rows)
         ),
     )
+
+
+def conversions() -> str:
+    result = _load("linear-cuda.json")
+    n, k = result["conversions_shape"]
+    return _table(
+        (f"{n} × {k} in bf16, one H200, µs", "fewbits", "bitsandbytes", "GB/s"),
+        (
+            (row["what"], f"{row['ours']:.0f}", "" if row["peer"] is None else f"{row['peer']:.0f}",
+             f"{row['bytes'] / row['ours'] / 1e3:.0f}")
+            for row in result["conversions"]
+        ),
+    )  # fmt: skip
+
+
+_MODELS = {
+    "bf16": "bf16",
+    "bnb-nf4": "bitsandbytes, nf4 with double quantization",
+    "bnb-int8": "bitsandbytes, int8",
+    "fewbits-nf4": "fewbits, nf4 with double quantization",
+    "fewbits-int8": "fewbits, int8",
+}
+
+
+def decode() -> str:
+    rows = {row["name"]: row for row in _load("decode-cuda.json")["rows"]}
+    parts = ("step_1", "step_8", "step_32", "eager_1", "prefill")
+    return _table(
+        ("8 layers of Llama-3-8B's shape, one H200, ms", "step, 1 text", "8", "32", "1, without a graph",
+         "4096 tokens at once", "weights, GiB"),
+        (
+            (title, *(f"{rows[name]['ms'][part]:.2f}" for part in parts), f"{rows[name]['weight_bytes'] / GiB:.2f}")
+            for name, title in _MODELS.items()
+        ),
+    )  # fmt: skip
 
 
 _TOOLS = {
@@ -136,7 +193,16 @@ def offload() -> str:
     return _table(header, lines)
 
 
-TABLES = {"quality": quality, "gpt2_xl": gpt2_xl, "linear": linear, "load": load, "offload": offload}
+TABLES = {
+    "quality": quality,
+    "gpt2_xl": gpt2_xl,
+    "linear": linear,
+    "linear_gpu": linear_gpu,
+    "conversions": conversions,
+    "decode": decode,
+    "load": load,
+    "offload": offload,
+}
 
 
 def render(text: str) -> str:
