@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fewbits
+from fewbits.errors import ShapeError
 from fewbits.modules import QuantEmbedding, QuantLinear
-from fewbits.tensor import QuantTensor
+from fewbits.tensor import QuantTensor, linear
 
 FORMATS = ("nf4", "fp4", "int8")
 
@@ -233,3 +234,23 @@ def test_casting_a_model_keeps_its_bytes(format, dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert torch.equal(model.up.weight.packed, packed)
     assert model(torch.tensor([[1, 2]])).dtype == dtype
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("shape", [(4, 512), (2, 128), (3, 100), (64,)], ids=str)
+def test_an_input_that_does_not_fit(shape, format, device):
+    """Also one that has as many elements as some rows that would fit."""
+    model = nn.Sequential(nn.Linear(256, 32)).to(device)
+    fewbits.quantize(model, format, skip_modules=[])
+    x = torch.randn(shape, device=device)
+    weight = model[0].weight
+    for call in (model, lambda x: F.linear(x, weight), lambda x: linear(x, weight)):
+        with pytest.raises(ShapeError, match=r"(?s)shape.*0.weight.*last dimension is 256") as caught:
+            call(x)
+        assert isinstance(caught.value, RuntimeError)  # as torch's own is
+    if format == "int8":
+        operator, rest = torch.ops.fewbits.linear_int8, (None, 6.0)
+    else:
+        operator, rest = torch.ops.fewbits.linear_4bit, (None, None, None, "nf4", 64, [32, 256])
+    with pytest.raises((RuntimeError, IndexError)):  # an operator called by itself says it as torch does
+        operator(x, weight.packed, weight.absmax, *rest)

@@ -54,6 +54,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """A checkpoint, or a file that it names, does not exist."""
 
 
+class ShapeError(FewbitsError, RuntimeError):
+    """A tensor that does not fit the weight it meets; torch raises a RuntimeError there."""
+
+
 class SaveError(FewbitsError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
 

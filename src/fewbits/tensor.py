@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.errors import ConfigError
+from fewbits.errors import ConfigError, ShapeError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
 from fewbits.kernels import call, ops, unheard
 from fewbits.memory import note_write
@@ -240,8 +240,12 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
 
     Returns:
         [..., N] in the dtype of (the autocast) ``x``.
+
+    Raises:
+        ShapeError: ``x``'s last dimension is not K.
     """
-    spec = weight.spec
+    spec, shape = weight.spec, weight.stored_shape
+    _check_width(x, shape[1], weight)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     operator: Any = call if unheard(x, bias) else _dispatched
@@ -262,9 +266,18 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
         bias,
         spec.format,
         spec.block_size,
-        list(weight.stored_shape),
+        list(shape),
     )
     return out if out.dtype is dtype else out.to(dtype)
+
+
+def _check_width(x: Tensor, columns: int, weight: QuantTensor) -> None:
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ShapeError(
+            f"an input of shape {list(x.shape)} meets a weight of shape {list(weight.shape)}",
+            parameter=weight.label,
+            expected=f"an input whose last dimension is {columns}",
+        )
 
 
 def _dispatched(op: str, *args: Any) -> Any:
@@ -274,6 +287,7 @@ def _dispatched(op: str, *args: Any) -> Any:
 def linear_t(g: Tensor, weight: QuantTensor) -> Tensor:
     """``g @ weight`` for a weight stored as [N, K]: [..., N] to [..., K]."""
     spec = weight.spec
+    _check_width(g, weight.stored_shape[0], weight)
     if spec.format == "int8":
         out: Tensor = ops.linear_int8_t(g, weight.packed, weight.absmax)
         return out

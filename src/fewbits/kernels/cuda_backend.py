@@ -230,13 +230,14 @@ def _decode(
     return None if made is None else (made, min(-(-n // (16 * row_tiles)), processors))
 
 
-def _served(x: Tensor, packed: Tensor, bias: Tensor | None) -> bool:
+def _served(x: Tensor, columns: int, packed: Tensor, bias: Tensor | None, n: int) -> bool:
     return (
         x.dtype in _DTYPES
+        and x.shape[-1] == columns
         and packed.get_device() == x.get_device()
         and packed.is_contiguous()
         and packed.data_ptr() % 16 == 0
-        and (bias is None or bias.dtype is x.dtype or bias.dtype is torch.float32)
+        and (bias is None or ((bias.dtype is x.dtype or bias.dtype is torch.float32) and bias.shape == (n,)))
     )
 
 
@@ -280,7 +281,7 @@ def _skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bo
 
 
 _counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
-_captured_counters: dict[int, tuple[int, Tensor]] = {}  # by device: of the capture that was last seen
+_captured_counters: dict[tuple[int, int], tuple[int, Tensor]] = {}  # the same, of the capture that was last seen
 
 
 def _counters_for(device: torch.device, stream: int, count: int) -> Tensor:
@@ -288,9 +289,10 @@ def _counters_for(device: torch.device, stream: int, count: int) -> Tensor:
     index = device.index
     capture = nvrtc.capture_id(stream)
     if capture:  # a graph's own: it may run beside others later
-        known = _captured_counters.get(index)
+        known = _captured_counters.get((index, stream))
         if known is None or known[0] != capture or known[1].numel() < count:
-            known = _captured_counters[index] = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            known = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+            _captured_counters[index, stream] = known
         return known[1]
     found = _counters.get((index, stream))
     if found is None or found.numel() < count:
@@ -321,7 +323,7 @@ def linear_4bit(
 ) -> Any:
     n, k = shape
     rows = x.numel() // k if k else 0
-    if not (n and rows and _served(x, packed, bias)):
+    if not (n and rows and _served(x, k, packed, bias, n)):
         return NotImplemented
     dtype, device, index = x.dtype, x.device, x.get_device()
     scales = _scales(absmax, nested_absmax, nested_offset)
@@ -364,7 +366,7 @@ def linear_4bit_t(
 ) -> Any:
     n, k = shape
     dtype, index = g.dtype, g.get_device()
-    if not (k and g.numel() and _served(g, packed, None)) or k % max(block_size, 8):
+    if not (k and g.numel() and _served(g, n, packed, None, n)) or k % max(block_size, 8):
         return NotImplemented
     if _dequantizer(dtype, block_size, nested_absmax is not None, index) is None:
         return NotImplemented
@@ -378,7 +380,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     """As Triton's: x keeps its own precision, so that no column is an outlier and ``threshold`` has no effect."""
     n, k = q.shape
     rows = x.numel() // k if k else 0
-    if not (n and 0 < rows <= _INT8_ROWS and _served(x, q, bias)):
+    if not (n and 0 < rows <= _INT8_ROWS and _served(x, k, q, bias, n)):
         return NotImplemented
     absmax, bf16, index = _aligned(absmax), x.dtype is torch.bfloat16, x.get_device()
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)

@@ -483,8 +483,10 @@ def _rows_of(x: Tensor, rows: int, columns: int) -> Tensor:
     return x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
 
 
-def _served(x: Tensor, rows: int, packed: Tensor, n: int) -> bool:
-    return rows * n > 0 and x.dtype in _DTYPES and x.get_device() == packed.get_device()
+def _served(x: Tensor, columns: int, packed: Tensor, n: int, bias: Tensor | None = None) -> bool:
+    """Whether x [..., columns] can be multiplied here; what does not fit is left to the reference to say."""
+    fits = x.dim() > 0 and x.shape[-1] == columns and x.numel() * n > 0 and (bias is None or bias.shape == (n,))
+    return fits and x.dtype in _DTYPES and x.get_device() == packed.get_device()
 
 
 def linear_4bit(
@@ -500,7 +502,7 @@ def linear_4bit(
 ) -> Tensor:
     n, k = shape
     rows = x.numel() // k if k else 0
-    if not _served(x, rows, packed, n) or block_size not in _BLOCK_SIZES:
+    if not _served(x, k, packed, n, bias) or block_size not in _BLOCK_SIZES:
         return reference.linear_4bit(x, packed, absmax, nested_absmax, nested_offset, bias, format, block_size, shape)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
     if rows > _FEW_ROWS or k % block_size:
@@ -548,8 +550,7 @@ def linear_4bit_t(
     shape: list[int],
 ) -> Tensor:
     n, k = shape
-    rows = g.numel() // n if n else 0
-    if not _served(g, rows, packed, k) or block_size not in _BLOCK_SIZES:
+    if not _served(g, n, packed, k) or block_size not in _BLOCK_SIZES:
         return reference.linear_4bit_t(g, packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
     nested = _nested_args(absmax, nested_absmax, nested_offset)
     return many_rows_t(
@@ -564,7 +565,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     ``threshold`` has no effect. What is left is the rounding of the weights, and sums in fp32 rounded once."""
     n, k = q.shape
     rows = x.numel() // k if k else 0
-    if not _served(x, rows, q, n):
+    if not _served(x, k, q, n, bias):
         return reference.linear_int8(x, q, absmax, bias, threshold)
     q, absmax = q.contiguous(), absmax.contiguous()
     if rows > _FEW_ROWS:
@@ -594,8 +595,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
 
 def linear_int8_t(g: Tensor, q: Tensor, absmax: Tensor) -> Tensor:
     n, k = q.shape
-    rows = g.numel() // n if n else 0
-    if not _served(g, rows, q, k):
+    if not _served(g, n, q, k):
         return reference.linear_int8_t(g, q, absmax)
     q, absmax = q.contiguous(), absmax.contiguous()
     return many_rows_t(g, n, k, lambda rows, out: _decode_int8(q[rows], absmax[rows], out))
