@@ -33,9 +33,10 @@ class QuantLinear(nn.Linear):
     """``nn.Linear`` with a quantized weight: x [..., in_features] to [..., out_features] in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _fast(self.weight):
-            return linear(x, self.weight, self.bias)  # type: ignore[arg-type]  # _fast has looked
-        return F.linear(x, self.weight, self.bias)
+        weight = self.weight  # looked up once: a module's attributes are slow
+        if _fast(weight):
+            return linear(x, weight, self.bias)  # type: ignore[arg-type]  # _fast has looked
+        return F.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         return _describe(self, super().extra_repr())
@@ -45,8 +46,9 @@ class QuantEmbedding(nn.Embedding):
     """``nn.Embedding`` with a quantized table: ids [...] to [..., embedding_dim] in the table's logical dtype."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        if _fast(self.weight):
-            return embedding(ids, self.weight)  # type: ignore[arg-type]
+        weight = self.weight
+        if _fast(weight):
+            return embedding(ids, weight)  # type: ignore[arg-type]
         return super().forward(ids)
 
     def extra_repr(self) -> str:
@@ -60,8 +62,9 @@ class _QuantConv1DMixin:
     bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if _fast(self.weight):
-            return linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        weight = self.weight
+        if _fast(weight):
+            return linear(x, weight, self.bias)  # type: ignore[arg-type]
         return super().forward(x)  # type: ignore[misc,no-any-return]
 
     def __repr__(self) -> str:
