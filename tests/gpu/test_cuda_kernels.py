@@ -14,6 +14,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from products import UNIT, check, values
 from torch import nn
 
 from fewbits import kernels
@@ -25,7 +26,6 @@ from fewbits.tensor import QuantTensor, linear, linear_t
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper"
 )
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # rounding adds at most so much of a value
 SPECS = [QuantSpec("int8"), *(QuantSpec(f, b, d) for f in ("nf4", "fp4") for b in BLOCK_SIZES for d in (False, True))]
 
 
@@ -43,31 +43,6 @@ def quantized(spec, n, k, device="cuda"):
     w = torch.randn(n, k, device=device) * torch.rand(n, 1, device=device) * 0.1
     w[torch.rand_like(w) < 0.001] *= 20
     return QuantTensor.quantize(w, spec)
-
-
-def values(q):
-    """The weight in fp64, by the reference."""
-    with kernels.use_backend("reference"):
-        return q.dequantize().double()
-
-
-def check(out, x, q, bias):
-    """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms.
-
-    From 129 rows on torch multiplies, which may round the sums of parts of a row, and rounds the bias.
-    """
-    w, wide = values(q), x.double().reshape(-1, x.shape[-1])
-    exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
-    unit = UNIT[x.dtype]
-    roundings = 1 if len(wide) <= 128 else 3
-    if bias is not None:
-        exact = exact + bias.double()
-        size = size + bias.double().abs()
-    bound = (roundings * unit + x.shape[-1] * 2.0**-23) * size + unit * exact.abs() * (1 + 2.0**-6) + 1e-7
-    assert out.shape == (*x.shape[:-1], q.shape[0])
-    assert out.dtype == x.dtype
-    wrong = (out.double().reshape_as(exact) - exact).abs() - bound
-    assert wrong.max() <= 0, (wrong.argmax(), wrong.max())  # a NaN fails as well
 
 
 def served(x, q, bias=None):

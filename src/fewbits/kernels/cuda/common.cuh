@@ -1,4 +1,7 @@
 // What all kernels share. There are no includes: NVRTC then needs no toolkit's headers.
+//
+// Assembly stands in small functions alone, behind `#ifndef EMULATED`: tests on a CPU bring their own ones
+// (tests/emulator/cuda.h), and run all the rest as it is.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -9,6 +12,8 @@ typedef unsigned long long u64;
 
 // ---------------------------------------------------------------------------------------------- 16-bit numbers
 // BF16 says what x, the bias and the output are: bf16, or fp16.
+
+#ifndef EMULATED
 
 #if BF16
 #define MMA_TYPES "f32.bf16.bf16.f32"
@@ -36,6 +41,15 @@ DEVICE float widened(u16 value) {
   return out;
 }
 
+// two neighbours, the first in the low half
+DEVICE u32 pair_of_two(float low, float high) {
+  u32 out;
+  asm("cvt.rn." PAIR_TYPE ".f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+#endif
+
 // A bias is of x's dtype or fp32: 2 or 4 bytes an element; 0 says that there is none.
 DEVICE float bias_at(const void* bias, int bias_bytes, int n) {
   if (bias_bytes == 0) return 0.0f;
@@ -43,6 +57,8 @@ DEVICE float bias_at(const void* bias, int bias_bytes, int n) {
 }
 
 // ---------------------------------------------------------------------------------------------- matrix units
+
+#ifndef EMULATED
 
 // sums[16 x 8] += a[16 x 16] * b[16 x 8], in the layout of mma.m16n8k16: with g = lane / 4 and t = lane % 4 a thread
 // holds of a the rows g and g + 8 at columns 2t, 2t + 1 (a[0], a[1]) and 2t + 8, 2t + 9 (a[2], a[3]); of b the same rows
@@ -103,6 +119,8 @@ struct Barrier {
         "}" ::"r"(shared_address(this)), "r"(parity) : "memory");
   }
 };
+
+#endif
 
 // ---------------------------------------------------------------------------------------------- codes
 

@@ -53,8 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit(const __gr
       uint4 out;
       u32* pairs = &out.x;
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        asm("cvt.rn." PAIR_TYPE ".f32 %0, %1, %2;" : "=r"(pairs[i]) : "f"(value[2 * i + 1]), "f"(value[2 * i]));
+      for (int i = 0; i < 4; i++) pairs[i] = pair_of_two(value[2 * i], value[2 * i + 1]);
       *(uint4*)((u16*)a.out + word * 8) = out;
     }
   };

@@ -54,6 +54,8 @@ static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && SLOT % 1024 == 0);
 
 // ---------------------------------------------------------------------------------------------- matrix units
 
+#ifndef EMULATED
+
 // sums[64 x TILE_M] += a[64 x 16] * x[TILE_M x 16].T by the four warps of a warpgroup, each with 16 of the 64 rows; the
 // operand a and, eight columns at a time, the sums lie in registers as in multiply_add. accumulate = 0: no sums before.
 #define LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
@@ -86,17 +88,9 @@ DEVICE void multiply_16(float (&sums)[SUMS], const u32 (&a)[4], u64 x, int accum
 #endif
 }
 
-typedef u32 Operand[STEPS][4];
+DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// STEPS of them, together one group to wait for; x is the address of these columns of x
-DEVICE void multiply_group(float (&sums)[SUMS], const Operand& operand, u32 x, bool accumulate) {
-  // 128 bytes of each of 8 rows lie together, their pieces of 16 bytes permuted; the next 8 rows 1024 bytes further
-  const u64 second = 1ull << 62 | (u64)(1024 >> 4) << 32 | 1 << 16 | x >> 4;
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-  for (int s = 0; s < STEPS; s++) multiply_16(sums, operand[s], second + s * (32 >> 4), accumulate || s > 0);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int PENDING>
 DEVICE void wait_for_products() {
@@ -111,12 +105,6 @@ DEVICE void sums_are_there(float (&sums)[SUMS]) {
 
 // the matrix units read shared memory on a path of their own: what this thread wrote is to be there, too
 DEVICE void show_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-DEVICE u32 pair_of_two(float low, float high) {
-  u32 out;
-  asm("cvt.rn." PAIR_TYPE ".f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
 
 DEVICE u32 product_of_pairs(u32 left, u32 right) {
   u32 out;
@@ -147,6 +135,22 @@ DEVICE u32 count_up(u32* counter, u32 others) {
                : "l"(counter), "r"(others)
                : "memory");
   return before;
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------- groups
+
+typedef u32 Operand[STEPS][4];
+
+// STEPS of them, together one group to wait for; x is the address of these columns of x
+DEVICE void multiply_group(float (&sums)[SUMS], const Operand& operand, u32 x, bool accumulate) {
+  // 128 bytes of each of 8 rows lie together, their pieces of 16 bytes permuted; the next 8 rows 1024 bytes further
+  const u64 second = 1ull << 62 | (u64)(1024 >> 4) << 32 | 1 << 16 | x >> 4;
+  begin_products();
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) multiply_16(sums, operand[s], second + s * (32 >> 4), accumulate || s > 0);
+  commit_products();
 }
 
 // ---------------------------------------------------------------------------------------------- scales

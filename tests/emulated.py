@@ -1,0 +1,105 @@
+"""The CUDA backend on a CPU: its own host code, and its kernels' own sources compiled as C++ (``emulator/cuda.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from fewbits.kernels import cuda_backend, nvrtc
+
+HEADER = Path(__file__).parent / "emulator" / "cuda.h"
+COMPILER = shutil.which("g++") if sys.platform == "linux" else None
+OPTIONS = ("-O1", "-std=c++17", "-fPIC", "-pthread", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+CHECKS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")  # which the header reports
+LAUNCH = """
+extern "C" const char* launch(const void* a, size_t bytes, int x, int y, int threads, int shared_bytes, u32 seed) {{
+  return emulated::launch<{name}, Arguments>(a, bytes, x, y, threads, shared_bytes, seed);
+}}
+"""
+
+
+def compiled(file: str, defines: tuple[tuple[str, int], ...], folder: Path) -> Path:
+    """The library of a kernel for these macros, from the folder where it was compiled before."""
+    parts = [HEADER.read_text(), *((nvrtc.SOURCES / name).read_text() for name in ("common.cuh", file))]
+    source = "\n".join([*parts, LAUNCH.format(name=Path(file).stem)])
+    options = (*OPTIONS, *CHECKS, "-DEMULATED", *(f"-D{name}={value}" for name, value in defines))
+    known = hashlib.sha256("\0".join((source, *options)).encode()).hexdigest()[:32]
+    library, machine_code = (folder / f"{Path(file).stem}-{known}.{suffix}" for suffix in ("so", "o"))
+    if not library.exists():
+        compiling = *options, "-c", "-x", "c++", "-", "-o", machine_code
+        linking = "-shared", "-pthread", machine_code, "-o", library
+        for arguments in (compiling, linking):
+            done = subprocess.run([COMPILER, *arguments], input=source, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{file} with {defines} does not compile:\n{done.stderr[:4000]}")
+    return library
+
+
+class Kernel:
+    """As :class:`fewbits.kernels.nvrtc.Kernel`: blocks and threads run in an order that differs with each launch."""
+
+    launched: ClassVar[set[str]] = set()  # the files whose kernels a test has run
+
+    def __init__(self, file: str, library: Path, arguments: str, threads: int, shared: int) -> None:
+        self._launch = ctypes.CDLL(str(library)).launch
+        self._launch.restype = ctypes.c_char_p
+        self._pack = struct.Struct(arguments)
+        self._file, self._threads, self._shared = file, threads, shared
+
+    def __call__(self, stream: int, grid_x: int, grid_y: int, *arguments: Any) -> None:
+        packed, seed = self._pack.pack(*arguments), random.getrandbits(31)
+        wrong = self._launch(packed, ctypes.c_size_t(len(packed)), grid_x, grid_y, self._threads, self._shared, seed)
+        if wrong is not None:
+            raise EmulatorError(f"{wrong.decode()} (seed {seed})")
+        self.launched.add(self._file)
+
+
+class EmulatorError(RuntimeError):
+    """What a kernel did is wrong on any GPU."""
+
+
+@pytest.fixture
+def limits():
+    """Of the GPU that is emulated: processors, and bytes of shared memory a block may have. A test may give others."""
+    return 4, (227 << 10) - 2048
+
+
+@pytest.fixture
+def cuda(monkeypatch, tmp_path_factory, limits):
+    """The CUDA backend, which takes tensors on the CPU."""
+    if COMPILER is None:
+        pytest.skip("the emulator needs g++, on Linux")
+    folder = tmp_path_factory.getbasetemp() / "emulated"
+    folder.mkdir(exist_ok=True)
+
+    @functools.cache
+    def kernel(file, defines, device, arguments, threads, shared):
+        return Kernel(file, compiled(file, defines, folder), arguments, threads, shared)
+
+    monkeypatch.setattr(nvrtc, "kernel", kernel)
+    monkeypatch.setattr(nvrtc, "capture_id", lambda stream: 0)
+    monkeypatch.setattr(cuda_backend, "_limits", lambda device: limits)
+    monkeypatch.setattr(cuda_backend, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    caches = cuda_backend._decode, cuda_backend._skinny, cuda_backend._dequantizer
+    for cache in caches:
+        cache.cache_clear()
+    Kernel.launched.clear()
+    torch.use_deterministic_algorithms(True)  # and so uninitialized memory is NaN
+    yield cuda_backend
+    torch.use_deterministic_algorithms(False)
+    for cache in caches:
+        cache.cache_clear()

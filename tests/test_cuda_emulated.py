@@ -1,0 +1,261 @@
+"""The CUDA kernels and the backend's host code without a GPU: run by an emulator that changes the order of threads.
+
+Uninitialized memory is NaN in these tests, so that whatever a kernel leaves out shows; each product is computed several
+times, with other orders of blocks and threads, to the same bits.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from emulated import EmulatorError, Kernel, cuda, limits
+from products import UNIT, check, values
+
+from fewbits import kernels
+from fewbits.formats import QuantSpec
+from fewbits.kernels import nvrtc
+from fewbits.kernels.codebooks import codebook, decision_rule
+from fewbits.tensor import QuantTensor
+
+__all__ = ["cuda", "limits"]  # fixtures
+BF16, FP16 = UNIT
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)  # of which the order of threads depends
+    torch.manual_seed(0)
+
+
+def quantized(spec, n, k):
+    w = torch.randn(n, k) * torch.rand(n, 1) * 0.1
+    w[torch.rand_like(w) < 0.001] *= 20
+    return QuantTensor.quantize(w, spec)
+
+
+def product(cuda, x, q, bias=None):
+    if q.spec.format == "int8":
+        return cuda.linear_int8(x, q.packed, q.absmax, bias, 6.0)
+    state = q.packed, q.absmax, q.nested_absmax, q.nested_offset
+    return cuda.linear_4bit(x, *state, bias, q.spec.format, q.spec.block_size, list(q.shape))
+
+
+def check_product(cuda, file, spec, rows, n, k, dtype, bias_dtype=None):
+    q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=dtype)
+    bias = None if bias_dtype is None else torch.randn(n, dtype=bias_dtype)
+    out = product(cuda, x, q, bias)
+    assert Kernel.launched == {file}
+    check(out, x, q, bias)
+    for _ in range(2):
+        assert torch.equal(product(cuda, x, q, bias), out)
+
+
+# ------------------------------------------------------------------------------------------------- decode.cu
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "n", "k", "dtype", "bias"),
+    [
+        (QuantSpec("nf4", 64, True), 1, 48, 448, BF16, None),  # the last rows of a tile are none
+        (QuantSpec("nf4", 64, True), 5, 33, 192, FP16, FP16),
+        (QuantSpec("nf4", 64), 8, 17, 64, BF16, torch.float32),
+        (QuantSpec("fp4", 32), 9, 17, 320, BF16, BF16),
+        (QuantSpec("fp4", 32, True), 1, 200, 2112, FP16, None),  # two chunks of some warps, one of others
+        (QuantSpec("nf4", 32, True), 16, 33, 192, BF16, torch.float32),
+        (QuantSpec("fp4", 128), 16, 48, 384, FP16, FP16),
+        (QuantSpec("nf4", 128, True), 5, 33, 256, BF16, None),
+        (QuantSpec("nf4", 256, True), 2, 17, 512, BF16, None),
+        (QuantSpec("nf4", 64, True), 1, 256, 2048, BF16, BF16),  # whole tiles, two a block
+        (QuantSpec("nf4", 64), 9, 128, 2048, BF16, None),
+        (QuantSpec("int8"), 1, 48, 448, BF16, None),
+        (QuantSpec("int8"), 5, 17, 80, FP16, torch.float32),
+        (QuantSpec("int8"), 9, 33, 1040, BF16, BF16),
+        (QuantSpec("int8"), 40, 16, 64, BF16, None),  # three times
+    ],
+    ids=str,
+)
+def test_few_rows(cuda, spec, rows, n, k, dtype, bias):
+    check_product(cuda, "decode.cu", spec, rows, n, k, dtype, bias)
+
+
+@pytest.mark.parametrize("limits", [(1, 200_000), (2, 200_000)], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+def test_several_tiles_of_a_block(cuda, spec):
+    check_product(cuda, "decode.cu", spec, 3, 160, 192, BF16)
+
+
+def test_inputs_of_any_layout(cuda):
+    q = quantized(QuantSpec("nf4", 64, True), 17, 64)
+    wide = torch.randn(2, 3, 2, 100, dtype=BF16)
+    for x in (
+        wide[..., :1, :64],  # rows apart
+        wide[..., :1, 7:71],  # and beginning anywhere
+        wide[:, :, 0, :64].transpose(0, 1),
+        torch.randn(64, 4, dtype=BF16).t(),  # columns first
+        torch.randn(64, dtype=BF16),
+        torch.randn(1, 64, dtype=BF16).expand(6, 64),
+    ):
+        check(product(cuda, x, q), x, q, None)
+
+
+def test_what_is_not_served(cuda):
+    q = quantized(QuantSpec("nf4"), 16, 64)
+    assert product(cuda, torch.randn(2, 64), q) is NotImplemented  # fp32
+    assert product(cuda, torch.randn(0, 64, dtype=BF16), q) is NotImplemented
+    assert cuda.quantize_4bit(torch.randn(64), "fp4", 64) is NotImplemented
+
+
+# ------------------------------------------------------------------------------------------------- skinny_4bit.cu
+
+
+@pytest.mark.parametrize(
+    ("limits", "spec", "rows", "n", "k", "dtype", "bias"),
+    [
+        ((4, 230_000), QuantSpec("nf4", 64, True), 17, 300, 1152, BF16, BF16),  # two blocks to some tiles
+        ((4, 230_000), QuantSpec("fp4", 64), 40, 33, 320, FP16, torch.float32),  # all at one; half a chunk at the end
+        ((2, 230_000), QuantSpec("nf4", 128, True), 70, 130, 1920, BF16, None),
+        ((5, 230_000), QuantSpec("nf4", 64, True), 128, 200, 704, BF16, None),  # parts of a tile by several blocks
+        ((1, 115_000), QuantSpec("nf4", 64, True), 32, 128, 1216, BF16, BF16),  # the least ring of chunks
+        ((2, 140_000), QuantSpec("fp4", 256), 64, 150, 1280, BF16, None),
+    ],
+    ids=str,
+)
+def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
+    check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
+    for counters in cuda._counters.values():
+        assert not counters.any()  # zeros for the next launch
+
+
+# ------------------------------------------------------------------------------------------------- many rows
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
+def test_many_rows_and_a_weight_in_pieces(cuda, spec, monkeypatch):
+    from fewbits.kernels import pieces
+
+    monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 150 * 256 * 2)
+    check_product(cuda, "dequantize_4bit.cu", spec, 150, 300, 256, BF16, torch.float32)
+    q, g = quantized(spec, 300, 256), torch.randn(3, 300, dtype=BF16)
+    w, state = values(q), (q.packed, q.absmax, q.nested_absmax, q.nested_offset)
+    back = cuda.linear_4bit_t(g, *state, spec.format, spec.block_size, [300, 256])
+    bound = (UNIT[BF16] * 4 + 300 * 2.0**-23) * (g.double().abs() @ w.abs()) + 1e-6
+    assert ((back.double() - g.double() @ w).abs() <= bound).all()
+
+
+# ------------------------------------------------------------------------------------------------- to the last bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
+def test_dequantized(cuda, spec, dtype):
+    for n in (1, 7, 8, 63, 100_003):
+        q = QuantTensor.quantize(torch.randn(n), spec)
+        args = q.packed, q.absmax, q.nested_absmax, q.nested_offset, spec.format, spec.block_size, [n], dtype
+        with kernels.use_backend("reference"):
+            expected = kernels.ops.dequantize_4bit(*args)
+        assert torch.equal(cuda.dequantize_4bit(*args), expected)
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(torch.float32, 64), (FP16, 32), (BF16, 128), (BF16, 256)], ids=str)
+def test_quantized(cuda, dtype, block):
+    for n in (block, 64 * block, 300 * 256):
+        w = torch.randn(n).to(dtype)
+        w[: n // 2] *= torch.logspace(-30, 4, n // 2).to(dtype)
+        if n > 2048:
+            w[256:512] = 0
+            w[512:1024] = 1e-40  # below the floor of a divisor
+            w[1024:1040] = torch.linspace(-1, 1, 16).to(dtype)
+        with kernels.use_backend("reference"):
+            expected = kernels.ops.quantize_4bit(w, "nf4", block)
+        for ours, reference in zip(cuda.quantize_4bit(w, "nf4", block), expected, strict=True):
+            assert torch.equal(ours, reference), n
+
+
+def test_every_bound_between_codes(cuda):
+    """Values at, just below and just above each: a tie takes the lower code."""
+    bounds = decision_rule("nf4", torch.device("cpu"))[0]
+    edges = torch.cat([bounds, torch.arange(-16, 17) / 16, torch.arange(-15, 17) / 16 - 1 / 32])
+    near = torch.cat([edges, edges.nextafter(torch.tensor(-2.0)), edges.nextafter(torch.tensor(2.0))]).clamp(-1, 1)
+    w = torch.ones(len(near), 32)
+    w[:, 5] = near
+    with kernels.use_backend("reference"):
+        expected = kernels.ops.quantize_4bit(w.view(-1), "nf4", 32)
+    for ours, reference in zip(cuda.quantize_4bit(w.view(-1), "nf4", 32), expected, strict=True):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("absmax", [torch.full((300,), 0.25), torch.rand(5001), torch.rand(256)], ids=len)
+def test_scales_quantized(cuda, absmax):
+    """Each to the nearest value, a tie to the lower: the rule on a GPU. On a CPU the reference follows another one."""
+    codes, nested, offset = cuda.quantize_absmax(absmax)
+    less = absmax - absmax.mean()
+    padded = torch.zeros(len(nested) * 256)
+    padded[: len(less)] = less
+    largest = padded.view(-1, 256).abs().amax(1)
+    scaled = (padded.view(-1, 256) * (1.0 / largest)[:, None]).view(-1)[: len(less)].nan_to_num(-1.0)
+    table = codebook("dynamic", torch.device("cpu"))
+    assert torch.equal(offset, absmax.mean())
+    assert torch.equal(nested, largest)
+    assert torch.equal(codes.long(), torch.bucketize(scaled, (table[:-1] + table[1:]) / 2))
+
+
+# ------------------------------------------------------------------------------------------------- it can fail
+
+
+MUTATIONS = {
+    "copies are not waited for": ("decode.cu", "wait_for_copies<STAGES - 2>();", ""),
+    "lanes do not wait for each other's copies": (
+        "decode.cu", "<STAGES - 2>();\n      __syncwarp();", "<STAGES - 2>();",
+    ),
+    "sums are read before they are there": ("decode.cu", "    summed[index & 1].wait(index >> 1 & 1);\n", ""),
+    "sums are overwritten": ("decode.cu", "    added[index & 1].wait(index >> 1 & 1 ^ 1);\n", ""),
+    "x is read too early": ("decode.cu", "  wait_for_previous_kernel();\n", ""),
+    "tables are read before they are there": (
+        "decode.cu", "a.pairs);\n#endif\n  __syncthreads();", "a.pairs);\n#endif",
+    ),
+    "codes are not aligned": ("decode.cu", "u8* own_codes = ring + g * 64;", "u8* own_codes = ring + g * 64 + 4;"),
+    "a barrier of too many": ("decode.cu", "summed[b].init(WARPS)", "summed[b].init(WARPS + 1)"),
+    "a chunk's copies are not waited for": (
+        "skinny_4bit.cu", "wait_for_copies<LEAD - 1>();\n          ready", "wait_for_copies<LEAD>();\n          ready",
+    ),
+    "no barrier before x is read": ("skinny_4bit.cu", "      barrier.wait(parity);\n", ""),
+    "what was copied is not shown": ("skinny_4bit.cu", "    show_matrix_units();\n", ""),
+    "products are not waited for": ("skinny_4bit.cu", "    wait_for_products<0>();\n    sums_are_there(part);\n", ""),
+    "scales are read before they are there": ("skinny_4bit.cu", "= four;\n    __syncwarp();", "= four;"),
+}  # fmt: skip
+
+
+FEW = "lanes do not wait for each other's copies", "x is read too early", "no barrier before x is read"
+
+
+@pytest.mark.parametrize(
+    ("limits", "mutation"),
+    [
+        pytest.param(
+            (1, 200_000 if MUTATIONS[name][0] == "decode.cu" else 115_000), name,
+            marks=() if name in FEW else pytest.mark.slow, id=name,
+        )
+        for name in MUTATIONS
+    ],
+)  # fmt: skip
+def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
+    """With one of a few orders of threads."""
+    changed, right, wrong = MUTATIONS[mutation]
+    for source in nvrtc.SOURCES.iterdir():
+        text = source.read_text()
+        if source.name == changed:
+            assert text.count(right) == 1
+            text = text.replace(right, wrong)
+        (tmp_path / source.name).write_text(text)
+    monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
+    spec = QuantSpec("nf4", 64, True)
+    rows, n, k = (3, 160, 2112) if changed == "decode.cu" else (17, 300, 1152)
+    q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
+    for _ in range(10):
+        try:
+            check(product(cuda, x, q), x, q, None)
+        except (AssertionError, EmulatorError):
+            return
+    pytest.fail(f"the changed kernel passes, {Kernel.launched}")
