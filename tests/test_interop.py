@@ -190,9 +190,11 @@ def test_dtypes_of_the_rest(format, dtype, compute_dtype, tmp_path, device):
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.BertConfig(**SMALL, max_position_embeddings=64),
+        transformers.BertConfig(**SMALL, max_position_embeddings=64, num_labels=32),
         transformers.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, vocab_size=128),
-        transformers.ViTConfig(**{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=32, patch_size=8),
+        transformers.ViTConfig(
+            **{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=32, patch_size=8, num_labels=32
+        ),
         transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
         transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=128),
     ],
@@ -214,6 +216,6 @@ def test_other_architectures(config, format, tmp_path):
     quantized = fewbits.from_pretrained(tmp_path, device_map="cpu", **FORMATS[format][0])
     with torch.no_grad():
         exact, out = model(**given).logits, quantized(**given).logits
-        assert (out - exact).norm() <= 0.35 * exact.norm()
+        assert (out - exact).norm() <= 0.35 * exact.norm()  # of many logits: two may be nearly 0 both
         fewbits.save(quantized, tmp_path / "saved")
         assert torch.equal(fewbits.from_pretrained(tmp_path / "saved", device_map="cpu")(**given).logits, out)
