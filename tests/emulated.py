@@ -94,7 +94,7 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    caches = cuda_backend._decode, cuda_backend._skinny, cuda_backend._dequantizer
+    caches = cuda_backend._made, cuda_backend._decode, cuda_backend._skinny, cuda_backend._dequantizer
     for cache in caches:
         cache.cache_clear()
     Kernel.launched.clear()

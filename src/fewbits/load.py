@@ -111,11 +111,43 @@ def load_into(
     """:func:`load` for the empty model that ``build`` makes."""
     checkpoint = open_checkpoint(weights, revision=revision, token=token)
     with no_garbage_collection(), _staging(checkpoint, device_map, max_memory) as staging:
-        return _load_into(
-            build(), checkpoint, config, staging, device_map=device_map, max_memory=max_memory, offload=offload,
-            offload_folder=offload_folder, no_split_module_classes=no_split_module_classes, strict=strict,
-            progress=progress,
+        empty = build()
+        targets = match(empty, checkpoint, strict=strict, ignore=ignored_by(empty), rename=renaming(empty))
+        storage = _storage_for(empty, targets, config, checkpoint)
+        plan = make_plan(
+            empty, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,
+            no_split_module_classes=no_split_module_classes,
         )  # fmt: skip
+        check_devices([*plan.devices.values(), *plan.execution.values()])
+        on_disk = sum(plan.nbytes[name] for name, device in plan.devices.items() if device == "disk")
+        if on_disk and (device_map is None or isinstance(device_map, str)) and device_map != "disk":
+            warnings.warn(
+                f"{on_disk:,} of {plan.total:,} bytes fit neither on a GPU nor in memory: they are read from disk "
+                "whenever they are needed",
+                FewbitsWarning,
+                stacklevel=3,
+            )
+        spread = Spread(
+            empty, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
+        )
+        stream = _read(checkpoint, targets, storage, spread, progress, staging)
+        with torch.no_grad(), contextlib.closing(stream) as groups:
+            heap = Heap()
+            unsure: list[tuple[str, Source, Tensor]] = []  # scales on a GPU, looked at last: each look waits for it
+            for group, tensors in groups:
+                try:
+                    _assign(group, tensors, storage, config, spread, unsure)
+                except FewbitsError as error:
+                    error.locate(group[0].source.file)  # type: ignore[union-attr]  # what is read has a source
+                    raise
+                size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device == CPU)
+                del tensors  # before the next one comes, and before its memory is given back
+                heap.passed(size)
+            heap.trim()
+            _check_scales(unsure)
+            spread.finish()
+        record_config(empty)
+        return empty
 
 
 @contextlib.contextmanager
@@ -137,58 +169,6 @@ def _staging(
         yield staging
     finally:
         staging.close()
-
-
-def _load_into(
-    empty: nn.Module,
-    checkpoint: Checkpoint,
-    config: QuantizationConfig,
-    staging: Staging | None,
-    *,
-    device_map: DeviceMap,
-    max_memory: MaxMemory | None,
-    offload: str,
-    offload_folder: str | PathLike[str] | None,
-    no_split_module_classes: Iterable[str] | None,
-    strict: bool,
-    progress: bool | None,
-) -> nn.Module:
-    targets = match(empty, checkpoint, strict=strict, ignore=ignored_by(empty), rename=renaming(empty))
-    storage = _storage_for(empty, targets, config, checkpoint)
-    plan = make_plan(
-        empty, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,
-        no_split_module_classes=no_split_module_classes,
-    )  # fmt: skip
-    check_devices([*plan.devices.values(), *plan.execution.values()])
-    on_disk = sum(plan.nbytes[name] for name, device in plan.devices.items() if device == "disk")
-    if on_disk and (device_map is None or isinstance(device_map, str)) and device_map != "disk":
-        warnings.warn(
-            f"{on_disk:,} of {plan.total:,} bytes fit neither on a GPU nor in memory: they are read from disk whenever "
-            "they are needed",
-            FewbitsWarning,
-            stacklevel=4,
-        )
-    spread = Spread(
-        empty, storage, plan, offload_folder=offload_folder, no_split_module_classes=no_split_module_classes
-    )
-    stream = _read(checkpoint, targets, storage, spread, progress, staging)
-    with torch.no_grad(), contextlib.closing(stream) as groups:
-        heap = Heap()
-        unsure: list[tuple[str, Source, Tensor]] = []  # scales on a GPU, looked at last: each look waits for it
-        for group, tensors in groups:
-            try:
-                _assign(group, tensors, storage, config, spread, unsure)
-            except FewbitsError as error:
-                error.locate(group[0].source.file)  # type: ignore[union-attr]  # what is read has a source
-                raise
-            size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device == CPU)
-            del tensors  # before the next one comes, and before its memory is given back
-            heap.passed(size)
-        heap.trim()
-        _check_scales(unsure)
-        spread.finish()
-    record_config(empty)
-    return empty
 
 
 @contextlib.contextmanager
@@ -221,7 +201,7 @@ def _storage_for(
             f"{checkpoint.path} is already quantized to {', '.join(sorted(found))}: it is loaded as it is, "
             f"not as {config.format}",
             FewbitsWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
     storage = choose_storage(
         model, replace(config, format=None, skip_modules=None, overrides=()), strict_patterns=False

@@ -149,7 +149,7 @@ def match(
             f"{checkpoint.path}: the checkpoint's names are matched {'without' if how == 'strip' else 'with'} "
             f"the prefix {text!r}",
             FewbitsWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
         sources = {n.removeprefix(text) if how == "strip" else text + n: s for n, s in sources.items()}
     matched, missing, wrong = [], [], []
@@ -166,7 +166,7 @@ def match(
     unexpected = [n for n in sources if n not in wanted and not ignore(n)]
     if unexpected and not strict:
         names = ", ".join(unexpected[:5]) + ("…" if len(unexpected) > 5 else "")
-        warnings.warn(f"{checkpoint.path}: the model has no {names}: ignored", FewbitsWarning, stacklevel=5)
+        warnings.warn(f"{checkpoint.path}: the model has no {names}: ignored", FewbitsWarning, stacklevel=4)
         unexpected = []
     if missing or unexpected or wrong:
         raise CheckpointError(_report(missing, unexpected, wrong, sources, wanted), file=checkpoint.path)

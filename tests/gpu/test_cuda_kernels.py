@@ -296,22 +296,23 @@ def test_the_operators_own_tests_with_this_backend():
 
 def test_a_damaged_cache_is_compiled_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
-    nvrtc.kernel.cache_clear()
     from fewbits.kernels import cuda_backend
+
+    caches = nvrtc.kernel, cuda_backend._made, cuda_backend._decode
 
     q, x = quantized(QuantSpec("nf4"), 64, 64), torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
     try:
         for _ in range(2):
-            cuda_backend._decode.cache_clear()
-            nvrtc.kernel.cache_clear()
+            for cache in caches:
+                cache.cache_clear()
             check(served(x, q), x, q, None)
             (file,) = tmp_path.glob("decode-*.cubin")
             size = file.stat().st_size
             file.write_bytes(b"no machine code")
         assert size > 1000
     finally:
-        cuda_backend._decode.cache_clear()
-        nvrtc.kernel.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 def test_the_product_of_a_module_beside_torch():

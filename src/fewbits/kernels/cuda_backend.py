@@ -81,12 +81,11 @@ def _dequantizer(dtype: torch.dtype, block_size: int, nested: bool, device: int)
     return _made("dequantize_4bit.cu", defines, device, "7P2q", 256, 0)
 
 
-def _dequantize_into(out: Tensor, packed: Tensor, scales: _Scales, format: str, block_size: int, first: int) -> bool:
-    """Into ``out`` elements ``first`` (a block's first, a multiple of 8) and following; False if it is not served."""
+def _dequantize_into(out: Tensor, packed: Tensor, scales: _Scales, format: str, block_size: int, first: int) -> None:
+    """Into ``out`` elements ``first`` (a block's first, a multiple of 8) and following."""
     index, n = out.get_device(), out.numel()
     kernel = _dequantizer(out.dtype, block_size, scales.nested is not None, index)
-    if kernel is None:
-        return False
+    assert kernel is not None, "the caller has asked whether there is one"
     block = first // block_size
     values = codebook(format, out.device)
     absmax = scales.absmax.data_ptr() + block * scales.absmax.element_size()
@@ -95,7 +94,6 @@ def _dequantize_into(out: Tensor, packed: Tensor, scales: _Scales, format: str, 
     )  # fmt: skip
     blocks = min(-(-n // (256 * 32)), 4 * _limits(index)[0])
     _launch(kernel, index, max(blocks, 1), 1, arguments)
-    return True
 
 
 class _Scales(NamedTuple):
@@ -128,9 +126,11 @@ def dequantize_4bit(
 ) -> Any:
     if not packed.numel() or dtype not in (*_DTYPES, torch.float32):
         return NotImplemented
+    if _dequantizer(dtype, block_size, nested_absmax is not None, packed.get_device()) is None:
+        return NotImplemented
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    scales = _scales(absmax, nested_absmax, nested_offset)
-    return out if _dequantize_into(out, _aligned(packed), scales, format, block_size, 0) else NotImplemented
+    _dequantize_into(out, _aligned(packed), _scales(absmax, nested_absmax, nested_offset), format, block_size, 0)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------- quantizing
@@ -300,6 +300,7 @@ def _counters_for(device: torch.device, stream: int, count: int) -> Tensor:
     return found
 
 
+@functools.cache  # of a failure as well: it is tried and told once
 def _made(
     file: str, defines: tuple[tuple[str, int], ...], device: int, arguments: str, threads: int, shared: int
 ) -> Kernel | None:
