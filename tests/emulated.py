@@ -31,8 +31,7 @@ extern "C" const char* launch(const void* a, size_t bytes, int x, int y, int thr
 
 def compiled(file: str, defines: tuple[tuple[str, int], ...], folder: Path) -> Path:
     """The library of a kernel for these macros, from the folder where it was compiled before."""
-    parts = [HEADER.read_text(), *((nvrtc.SOURCES / name).read_text() for name in ("common.cuh", file))]
-    source = "\n".join([*parts, LAUNCH.format(name=Path(file).stem)])
+    source = "\n".join([HEADER.read_text(), nvrtc.source_of(file), LAUNCH.format(name=Path(file).stem)])
     options = (*OPTIONS, *CHECKS, "-DEMULATED", *(f"-D{name}={value}" for name, value in defines))
     known = hashlib.sha256("\0".join((source, *options)).encode()).hexdigest()[:32]
     library, machine_code = (folder / f"{Path(file).stem}-{known}.{suffix}" for suffix in ("so", "o"))
@@ -69,6 +68,16 @@ class EmulatorError(RuntimeError):
     """What a kernel did is wrong on any GPU."""
 
 
+def tensor_map(
+    pointer: int, item_bytes: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int
+) -> bytes:  # fmt: skip
+    """As :func:`fewbits.kernels.nvrtc.tensor_map`, laid out as ``emulated::Matrix``; refuses what the driver does."""
+    sides = 0 < box_rows <= 256 and 0 < box_columns <= 256
+    if pointer % 16 or stride % 16 or not sides or box_columns * item_bytes % 16:
+        raise nvrtc.CudaError("describing a tensor: invalid argument")
+    return struct.pack("7Q72x", pointer, item_bytes, rows, columns, stride, box_rows, box_columns)
+
+
 @pytest.fixture
 def limits():
     """Of the GPU that is emulated: processors, and bytes of shared memory a block may have. A test may give others."""
@@ -88,13 +97,19 @@ def cuda(monkeypatch, tmp_path_factory, limits):
         return Kernel(file, compiled(file, defines, folder), arguments, threads, shared)
 
     monkeypatch.setattr(nvrtc, "kernel", kernel)
+    monkeypatch.setattr(nvrtc, "has_tensor_maps", lambda: True)
+    monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "capture_id", lambda stream: 0)
     monkeypatch.setattr(cuda_backend, "_limits", lambda device: limits)
+    monkeypatch.setattr(cuda_backend, "_cache_bytes", lambda device: 0)  # x in 8 bits from 17 rows on
     monkeypatch.setattr(cuda_backend, "_counters", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    caches = cuda_backend._made, cuda_backend._decode, cuda_backend._skinny, cuda_backend._dequantizer
+    caches = (
+        cuda_backend._made, cuda_backend._decode, cuda_backend._skinny, cuda_backend._wide, cuda_backend._dequantizer,
+        cuda_backend._values,
+    )  # fmt: skip
     for cache in caches:
         cache.cache_clear()
     Kernel.launched.clear()

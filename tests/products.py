@@ -15,12 +15,26 @@ def values(q):
         return q.dequantize().double()
 
 
+def in_8_bits(x, threshold):
+    """x [M, K] in fp64 as LLM.int8() has it: columns with outliers as they are, others rounded to 127ths of a row's
+    largest number that is none (bitsandbytes takes it over all columns, too)."""
+    wide = x.float()
+    outlier = wide.abs() >= threshold
+    absmax = wide.masked_fill(outlier, 0.0).abs().amax(1, keepdim=True)
+    factor = (127.0 / absmax.double().clamp(min=1e-30)).float()  # torch divides fp32 less exactly
+    rounded = torch.round(wide * factor).double() * (absmax * (1.0 / 127)).double()
+    return torch.where(outlier.any(0), wide.double(), rounded)
+
+
 def check(out, x, q, bias):
     """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms.
 
-    From 129 rows on torch multiplies, which may round the sums of parts of a row, and rounds the bias.
+    From 129 rows on weights in 4 bits are rounded, and torch may multiply, which may round the sums of parts of a row,
+    and rounds the bias. From 33 rows on x is in 8 bits where the weight is (from 17 on, if that is a large one).
     """
     w, wide = values(q), x.double().reshape(-1, x.shape[-1])
+    if q.spec.format == "int8" and len(wide) > 32:
+        wide = in_8_bits(x.reshape(wide.shape), q.spec.threshold)
     exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
     unit = UNIT[x.dtype]
     roundings = 1 if len(wide) <= 128 else 3

@@ -37,7 +37,7 @@ def quantized(spec, n, k):
 
 def product(cuda, x, q, bias=None):
     if q.spec.format == "int8":
-        return cuda.linear_int8(x, q.packed, q.absmax, bias, 6.0)
+        return cuda.linear_int8(x, q.packed, q.absmax, bias, q.spec.threshold)
     state = q.packed, q.absmax, q.nested_absmax, q.nested_offset
     return cuda.linear_4bit(x, *state, bias, q.spec.format, q.spec.block_size, list(q.shape))
 
@@ -72,7 +72,7 @@ def check_product(cuda, file, spec, rows, n, k, dtype, bias_dtype=None):
         (QuantSpec("int8"), 1, 48, 448, BF16, None),
         (QuantSpec("int8"), 5, 17, 80, FP16, torch.float32),
         (QuantSpec("int8"), 9, 33, 1040, BF16, BF16),
-        (QuantSpec("int8"), 40, 16, 64, BF16, None),  # three times
+        (QuantSpec("int8", threshold=0.0), 40, 16, 64, BF16, None),  # three times
     ],
     ids=str,
 )
@@ -128,13 +128,63 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
         assert not counters.any()  # zeros for the next launch
 
 
-# ------------------------------------------------------------------------------------------------- many rows
+# ------------------------------------------------------------------------------------------------- wide.cu
+
+
+@pytest.mark.parametrize(
+    ("limits", "spec", "rows", "n", "k", "dtype", "bias"),
+    [
+        ((4, 230_400), QuantSpec("nf4", 64, True), 150, 300, 320, BF16, BF16),  # half a chunk at the end
+        ((5, 230_400), QuantSpec("fp4", 64), 300, 130, 704, FP16, torch.float32),  # parts of a tile by several blocks
+        ((1, 230_400), QuantSpec("nf4", 128, True), 129, 300, 256, BF16, None),  # all tiles by one
+        ((3, 230_400), QuantSpec("nf4", 64), 600, 140, 192, BF16, FP16),  # whole tiles, and parts of others
+        ((2, 180_000), QuantSpec("nf4", 256, True), 140, 33, 768, FP16, None),  # the least ring
+    ],
+    ids=str,
+)
+def test_hundreds_of_rows(cuda, spec, rows, n, k, dtype, bias):
+    check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
+    for counters in cuda._counters.values():
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("columns", [0, 3, 70], ids=lambda n: f"{n}_columns_with_outliers")
+@pytest.mark.parametrize(
+    ("limits", "rows", "n", "k", "dtype"),
+    [
+        ((4, 230_400), 37, 300, 144, BF16),  # tiles of 64 rows; a part of a chunk
+        ((5, 230_400), 100, 33, 640, FP16),  # of 128; parts of a tile by several blocks
+        ((2, 230_400), 200, 260, 320, BF16),  # of 256
+        ((1, 230_400), 70, 40, 80, FP16),
+    ],
+    ids=str,
+)
+def test_rows_of_x_in_8_bits(cuda, rows, n, k, dtype, columns):
+    q, x, bias = quantized(QuantSpec("int8"), n, k), torch.randn(rows, k, dtype=dtype), torch.randn(n)
+    x[:, torch.randperm(k)[:columns]] *= 5
+    x[-1, : columns and 3] = 9.0
+    x[3] = 0
+    out = product(cuda, x, q, bias)
+    assert Kernel.launched == {"quantize_rows.cu", "wide.cu"}
+    check(out, x, q, bias)
+    for _ in range(2):
+        assert torch.equal(product(cuda, x, q, bias), out)
+    for counters in cuda._counters.values():
+        assert not counters.any()
+    x[5, 7] = torch.nan
+    again = product(cuda, x, q, bias)
+    assert again[5].isnan().all()
+    assert torch.equal(again[:5], out[:5])
+
+
+# ------------------------------------------------------------------------------------------------- more rows
 
 
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
 def test_many_rows_and_a_weight_in_pieces(cuda, spec, monkeypatch):
     from fewbits.kernels import pieces
 
+    monkeypatch.setattr(cuda, "_WIDE_MOST_ROWS", 128)
     monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 150 * 256 * 2)
     check_product(cuda, "dequantize_4bit.cu", spec, 150, 300, 256, BF16, torch.float32)
     q, g = quantized(spec, 300, 256), torch.randn(3, 300, dtype=BF16)
@@ -223,6 +273,17 @@ MUTATIONS = {
     "no barrier before x is read": ("skinny_4bit.cu", "      barrier.wait(parity);\n", ""),
     "what was copied is not shown": ("skinny_4bit.cu", "    show_matrix_units();\n", ""),
     "products are not waited for": ("skinny_4bit.cu", "    wait_for_products<0>();\n    sums_are_there(part);\n", ""),
+    "a slot is read before it is full": (
+        "wide.cu", "    full[slot].wait(phase);\n    __syncwarp();\n    const int row", "    const int row",
+    ),
+    "a slot is filled while it is read": ("wide.cu", "      free[slot].wait(phase ^ 1);\n", ""),
+    "a slot is free before its products have ended": ("wide.cu", "wait_for_products<1>();  // those", "//"),
+    "a tile's products are not waited for": (
+        "wide.cu", "    wait_for_products<0>();\n    sums_are_there(sums);\n    release", "    release",
+    ),
+    "tables of many rows are read early": (
+        "wide.cu", "  meet_consumers<CONSUMERS>();\n  if (lane == 0) tables", "  if (lane == 0) tables",
+    ),
     "scales are read before they are there": ("skinny_4bit.cu", "= four;\n    __syncwarp();", "= four;"),
 }  # fmt: skip
 
@@ -234,7 +295,7 @@ FEW = "lanes do not wait for each other's copies", "x is read too early", "no ba
     ("limits", "mutation"),
     [
         pytest.param(
-            (1, 200_000 if MUTATIONS[name][0] == "decode.cu" else 115_000), name,
+            (1, {"decode.cu": 200_000, "skinny_4bit.cu": 115_000, "wide.cu": 230_400}[MUTATIONS[name][0]]), name,
             marks=() if name in FEW else pytest.mark.slow, id=name,
         )
         for name in MUTATIONS
@@ -251,7 +312,8 @@ def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
         (tmp_path / source.name).write_text(text)
     monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
     spec = QuantSpec("nf4", 64, True)
-    rows, n, k = (3, 160, 2112) if changed == "decode.cu" else (17, 300, 1152)
+    sizes = {"decode.cu": (3, 160, 2112), "skinny_4bit.cu": (17, 300, 1152), "wide.cu": (140, 140, 2048)}
+    rows, n, k = sizes[changed]
     q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
     for _ in range(10):
         try:

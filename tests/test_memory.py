@@ -40,6 +40,7 @@ def anonymous():
 # what the first call ever brings in (code, tables, threads) is not what is measured
 fewbits.quantize(nn.Linear(64, 64), "nf4", double_quant=True)
 fewbits.quantize(nn.Linear(64, 64), "int8")
+torch.cuda.is_available()  # the driver, where there is one
 if what.startswith("quantize"):
     model = build()
     for p in model.parameters():

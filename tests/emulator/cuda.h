@@ -4,8 +4,9 @@
 // Each thread of a block is a fiber. Fibers change places wherever threads may wait for each other, and here and there
 // besides, in an order that a seed decides: lanes of a warp are not in step, warps run ahead or are left behind. What
 // the hardware does on its own happens as late as it is allowed to, or at once, as the seed decides: asynchronous
-// copies, until they are waited for; products of a warpgroup, likewise. Until then what they write is NaN, and so is
-// the dynamic shared memory that a block finds. Blocks run one after the other, in any order.
+// copies and products of a warpgroup, until they are waited for; boxes, until threads can but wait for them, in any
+// order. Until then what they write is NaN, and so is the dynamic shared memory that a block finds: as integers -1, and
+// for sums of integers a number that is unlikely. Blocks run one after the other, in any order.
 //
 // So a wait or a barrier that is missing gives wrong results with most seeds. What cannot be right under any is
 // reported: reads and writes that are not aligned, or outside an array (as -fsanitize finds them), x read before the
@@ -20,6 +21,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <type_traits>
 #include <vector>
 
@@ -42,10 +44,12 @@ struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
@@ -58,8 +62,12 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float4 __ldcg(const float4* from) { return *from; }
-inline void __stcg(float4* to, float4 value) { *to = value; }
+inline float __int2float_rn(int a) { return (float)a; }
+inline int __float2int_rn(float a) {  // half to even; the nearest there is, and 0 of NaN
+  return a != a ? 0 : (int)std::nearbyint(min(max((double)a, -0x1p31), 0x1p31 - 1));
+}
+inline int __popc(u32 bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
   const u64 bytes = low | (u64)high << 32;
@@ -75,20 +83,37 @@ alignas(1024) thread_local u8 shared[ALL_SHARED];
 
 // ---------------------------------------------------------------------------------------------- fibers
 
+struct Barrier;
+
 namespace emulated {
 
 constexpr int MOST_THREADS = 1024, STACK = 128 << 10;
 
 struct Copy { u32 to; const void* from; int bytes; bool done; };
-struct Product { float* sums; int count; const u32* a; u64 x; bool accumulate; };
+struct Matrix {  // what tests have in a tensor map
+  u64 pointer, item_bytes, rows, columns, stride, box_rows, box_columns, unused[9];
+};
+struct Box { Matrix of; u32 to; int column, row; Barrier* at; };
+struct Product {
+  u32* sums;  // of fp32 or, without a, integers
+  int count;
+  const u32* a;   // the first operand where it is in registers
+  u64 weight, x;  // descriptors; of weight where the first operand is in shared memory
+  bool accumulate;
+};
+struct Sums { int products; std::vector<u32> values; };  // that so many products are still to change
 
 struct Fiber {
   ucontext_t context;
-  bool ended, previous_ended;              // the thread; for all it knows, the kernel before
-  std::vector<Copy> copies, unseen;        // not committed; come, but not shown to the matrix units
+  bool ended, previous_ended;                // the thread; for all it knows, the kernel before
+  bool (*may_go_on)(void* condition);        // null where it does not wait
+  void* condition;
+  std::vector<Copy> copies;                  // not committed
   std::vector<std::vector<Copy>> committed;  // not waited for
-  std::vector<Product> products;
+  std::vector<u32> unseen;                   // where 16 bytes have come that are not shown to the matrix units
+  std::vector<Product> products;             // not committed
   std::vector<std::vector<Product>> groups;  // of products
+  std::map<u32*, Sums> sums;                 // of products that are not complete
 };
 
 struct Chance {  // xorshift: any number that is not 0 is a seed
@@ -108,13 +133,13 @@ static Fiber fibers[MOST_THREADS];
 static char* stacks[MOST_THREADS];
 static ucontext_t scheduler;
 static int threads, current, shared_bytes;
-static long long steps;                          // that threads made: none means that they wait forever
 static const char* failure;
 static Chance chance;
-static Meeting block_meeting, warp_meetings[MOST_THREADS / 32];
+static Meeting block_meeting, consumers_meeting, warp_meetings[MOST_THREADS / 32];
 static u32 exchanged[MOST_THREADS][6];           // what lanes show each other
 static size_t groups_done[MOST_THREADS / 128];   // of a warpgroup's products
 static u8 seen_by_matrix_units[ALL_SHARED];      // shared memory as they see it
+static std::vector<Box> boxes;                   // that have not come
 static const char *late_begin, *late_end;        // what the previous kernel may still write to
 
 static bool one_in(unsigned count) { return chance() % count == 0; }
@@ -127,10 +152,14 @@ static void perhaps_yield() { if (one_in(8)) yield(); }
   while (true) yield();
 }
 
+// The scheduler looks whether a thread may go on: to change to one that may not would take longer.
 template <typename Condition>
 void wait_until(Condition condition) {
-  while (!condition()) yield();
-  steps++;
+  if (condition()) return;
+  own().may_go_on = [](void* condition) { return (*(Condition*)condition)(); };
+  own().condition = &condition;
+  yield();
+  own().may_go_on = nullptr;
 }
 
 static void meet(Meeting& meeting, int count) {
@@ -154,6 +183,26 @@ auto exchange(std::initializer_list<u32> words, Compute compute) {
   return out;
 }
 
+// the value of the lane that lane_of gives for one's own
+template <typename Value, typename LaneOf>
+Value from_lane(Value value, LaneOf lane_of) {
+  static_assert(sizeof(Value) == 4);
+  u32 bits;
+  std::memcpy(&bits, &value, 4);
+  bits = exchange({bits}, [&](auto words) { return words[lane_of(current % 32)][0]; });
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <typename Value, typename Combine>
+Value combined(Value value, Combine combine) {
+  return exchange({(u32)value}, [&](auto words) {
+    Value out = (Value)words[0][0];
+    for (int lane = 1; lane < 32; lane++) out = combine(out, (Value)words[lane][0]);
+    return out;
+  });
+}
+
 }  // namespace emulated
 
 // what -fsanitize=alignment,bounds calls
@@ -164,18 +213,67 @@ extern "C" void __ubsan_handle_out_of_bounds_abort(void*, void*) { emulated::fai
 
 inline void __syncthreads() { emulated::meet(emulated::block_meeting, emulated::threads); }
 inline void __syncwarp() { emulated::meet_warp(); emulated::perhaps_yield(); }
-inline u32 __shfl_xor_sync(u32, u32 value, int mask) {
-  return emulated::exchange({value}, [&](auto words) { return words[emulated::current % 32 ^ mask][0]; });
-}
-inline u32 __reduce_max_sync(u32, u32 value) {
-  return emulated::exchange({value}, [&](auto words) {
-    u32 largest = 0;
-    for (int lane = 0; lane < 32; lane++) largest = max(largest, words[lane][0]);
-    return largest;
-  });
+
+// the first THREADS threads wait for each other
+template <int THREADS>
+void meet_consumers() {
+  using namespace emulated;
+  if (current >= THREADS) fail("a thread is at a barrier of others");
+  meet(consumers_meeting, THREADS);
 }
 
+template <typename Value>
+Value __shfl_sync(u32, Value value, int lane) {
+  return emulated::from_lane(value, [&](int) { return lane & 31; });
+}
+template <typename Value>
+Value __shfl_xor_sync(u32, Value value, int mask) {
+  return emulated::from_lane(value, [&](int own) { return own ^ mask; });
+}
+template <typename Value>
+Value __shfl_down_sync(u32, Value value, u32 lanes) {
+  return emulated::from_lane(value, [&](int own) { return own + lanes < 32 ? own + lanes : own; });
+}
+inline u32 __ballot_sync(u32, int predicate) {
+  return emulated::combined(predicate ? 1u << emulated::current % 32 : 0, [](u32 a, u32 b) { return a | b; });
+}
+inline u32 __reduce_or_sync(u32, u32 value) {
+  return emulated::combined(value, [](u32 a, u32 b) { return a | b; });
+}
+inline u32 __reduce_max_sync(u32, u32 value) {
+  return emulated::combined(value, [](u32 a, u32 b) { return max(a, b); });
+}
+inline int __reduce_max_sync(u32, int value) {
+  return emulated::combined(value, [](int a, int b) { return max(a, b); });
+}
+inline u32 __reduce_add_sync(u32, u32 value) {
+  return emulated::combined(value, [](u32 a, u32 b) { return a + b; });
+}
+inline int __reduce_add_sync(u32, int value) { return (int)__reduce_add_sync(0, (u32)value); }
+
+// what a warpgroup has of registers makes no difference
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
+
 // ---------------------------------------------------------------------------------------------- 16-bit numbers
+
+inline u16 half_narrowed(float value) {
+  if (value != value) return 0x7FFF;
+  const float size = std::fabs(value);
+  const u16 sign = std::signbit(value) ? 0x8000 : 0;
+  if (size >= 65520.0f) return sign | 0x7C00;
+  const int exponent = max(size > 0 ? std::ilogb(size) : -14, -14);
+  return sign | (u16)(((exponent + 14) << 10) + (int)std::nearbyint(std::ldexp(size, 10 - exponent)));
+}
+inline float half_widened(u16 value) {
+  const int exponent = value >> 10 & 31, fraction = value & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                     : exponent == 0 ? fraction * 0x1p-24f
+                                     : __uint_as_float((u32)(exponent + 112) << 23 | fraction << 13);
+  return value & 0x8000 ? -size : size;
+}
 
 #if BF16
 inline u16 narrowed(float value) {
@@ -184,21 +282,8 @@ inline u16 narrowed(float value) {
 }
 inline float widened(u16 value) { return __uint_as_float((u32)value << 16); }
 #else
-inline u16 narrowed(float value) {
-  if (value != value) return 0x7FFF;
-  const float size = std::fabs(value);
-  const u16 sign = std::signbit(value) ? 0x8000 : 0;
-  if (size >= 65520.0f) return sign | 0x7C00;
-  const int exponent = max(size > 0 ? std::ilogb(size) : -14, -14);
-  return sign | (u16)(((exponent + 14) << 10) + (int)std::nearbyint(std::ldexp(size, 10 - exponent)));
-}
-inline float widened(u16 value) {
-  const int exponent = value >> 10 & 31, fraction = value & 1023;
-  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                     : exponent == 0 ? fraction * 0x1p-24f
-                                     : __uint_as_float((u32)(exponent + 112) << 23 | fraction << 13);
-  return value & 0x8000 ? -size : size;
-}
+inline u16 narrowed(float value) { return half_narrowed(value); }
+inline float widened(u16 value) { return half_widened(value); }
 #endif
 
 inline float low_of(u32 pair) { return widened((u16)pair); }
@@ -215,6 +300,35 @@ inline u32 difference_of_pairs(u32 left, u32 right) {
 
 inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - shared); }
 
+struct Barrier {
+  u16 arrivals, missing;
+  u32 phase : 1, bytes : 31;  // of boxes, that are expected in this phase and have not come
+
+  void init(int count) {
+    arrivals = missing = (u16)count;
+    phase = bytes = 0;
+  }
+  void count(int come, int more_bytes) {
+    if (arrivals == 0 || arrivals > emulated::threads) emulated::failure = "a barrier that is not initialized";
+    if (come > missing) emulated::failure = "more arrivals than a barrier has";
+    if ((int)bytes + more_bytes < 0) emulated::failure = "a barrier does not expect a box";
+    missing -= come, bytes += more_bytes;
+    if (missing == 0 && bytes == 0) {
+      missing = arrivals;
+      phase ^= 1;
+    }
+  }
+  void arrive() { arrive_and_expect(0); }
+  void arrive_and_expect(int bytes) {
+    count(1, bytes);
+    emulated::perhaps_yield();
+  }
+  void wait(int parity) {
+    emulated::wait_until([&] { return phase != (u32)parity; });
+    emulated::perhaps_yield();
+  }
+};
+
 namespace emulated {
 
 // NaN, for both who read shared memory, until a copy has come
@@ -230,17 +344,49 @@ static void complete(Copy& copy) {
   std::memcpy(shared + copy.to, copy.from, copy.bytes);
 }
 
-static void check_read(const void* from) {
+// one of the boxes, in any order
+static void box_comes(size_t index) {
+  const Box box = boxes[index];
+  boxes.erase(boxes.begin() + index);
+  const Matrix& of = box.of;
+  const int item = (int)of.item_bytes, row_bytes = (int)of.box_columns * item;
+  const int begin = max(box.column, 0), end = min(box.column + (int)of.box_columns, (int)of.columns);
+  for (int row = 0; row < (int)of.box_rows; row++) {
+    u8 bytes[512] = {};
+    const int from = box.row + row;
+    if (from >= 0 && from < (int)of.rows && begin < end)
+      std::memcpy(bytes + (begin - box.column) * item, (const u8*)of.pointer + from * of.stride + begin * item,
+                  (end - begin) * item);
+    for (int i = 0; i < row_bytes; i += 16) {
+      u32 at = box.to + row * row_bytes + i;
+      if (row_bytes == 128) at ^= (at >> 7 & 7) << 4;
+      std::memcpy(shared + at, bytes + i, 16);
+      std::memcpy(seen_by_matrix_units + at, bytes + i, 16);
+    }
+  }
+  box.at->count(0, -(int)of.box_rows * row_bytes);
+}
+
+static void check_late(const void* from, size_t bytes) {
   const char* at = (const char*)from;
-  if ((u64)at % 16) fail("a read that is not aligned");
-  if (at < late_end && at + 16 > late_begin && !own().previous_ended) fail("x is read before the kernel before ended");
+  if (at < late_end && at + bytes > late_begin && !own().previous_ended)
+    fail("x is read before the kernel before ended");
+}
+
+static void check_read(const void* from) {
+  if ((u64)from % 16) fail("a read that is not aligned");
+  check_late(from, 16);
+}
+
+static void check_shared(u32 to) {
+  if (to % 16 || to + 16 > ALL_SHARED) fail("a write to an address that is not aligned, or not in shared memory");
 }
 
 }  // namespace emulated
 
 inline void copy_async(u32 to, const void* from, int bytes) {
   using namespace emulated;
-  if (to % 16 || to + 16 > ALL_SHARED) fail("a copy to an address that is not aligned, or not in shared memory");
+  check_shared(to);
   if (bytes) check_read(from);
   Copy copy{to, from, bytes, false};
   forget(to);
@@ -262,13 +408,47 @@ void wait_for_copies() {
   for (; own.committed.size() > PENDING; own.committed.erase(own.committed.begin()))
     for (emulated::Copy& copy : own.committed.front()) {
       emulated::complete(copy);
-      own.unseen.push_back(copy);
+      own.unseen.push_back(copy.to);
     }
+}
+
+template <typename Map>
+void copy_box(u32 to, const Map& map, int column, int row, Barrier& barrier) {
+  using namespace emulated;
+  Box box{{}, to, column, row, &barrier};
+  static_assert(sizeof map == sizeof box.of);
+  std::memcpy(&box.of, &map, sizeof map);
+  const Matrix& of = box.of;
+  const u32 row_bytes = (u32)(of.box_columns * of.item_bytes), bytes = (u32)of.box_rows * row_bytes;
+  if (to % (row_bytes == 128 ? 1024 : 128) || to + bytes > ALL_SHARED)
+    fail("a box to an address that is not aligned, or not in shared memory");
+  const int first = max(row, 0), last = min(row + (int)of.box_rows, (int)of.rows) - 1;
+  if (first <= last) check_late((const u8*)of.pointer + first * of.stride, (last - first) * of.stride + 1);
+  for (u32 i = 0; i < bytes; i += 16) forget(to + i);
+  boxes.push_back(box);
+  if (one_in(2)) box_comes(boxes.size() - 1);
+  perhaps_yield();
 }
 
 inline uint4 load_16_bytes(const void* pointer) {
   emulated::check_read(pointer);
   return *(const uint4*)pointer;
+}
+
+template <typename Value>
+Value __ldcg(const Value* from) {
+  emulated::check_late(from, sizeof(Value));
+  return *from;
+}
+template <typename Value>
+void __stcg(Value* to, std::common_type_t<Value> value) { *to = value; }
+
+// the matrix units see it only when this thread has called show_matrix_units
+inline void store_for_matrix_units(u32 to, uint4 value) {
+  emulated::check_shared(to);
+  emulated::forget(to);
+  std::memcpy(shared + to, &value, 16);
+  emulated::own().unseen.push_back(to);
 }
 
 inline void wait_for_previous_kernel() { emulated::own().previous_ended = true; }
@@ -279,27 +459,11 @@ inline u32 count_up(u32* counter, u32 others) {
   return before;
 }
 
-struct Barrier {
-  u16 arrivals, missing;
-  u32 phase;
-
-  void init(int count) {
-    arrivals = missing = (u16)count;
-    phase = 0;
-  }
-  void arrive() {
-    if (arrivals == 0 || arrivals > emulated::threads) emulated::fail("a barrier that is not initialized");
-    if (--missing == 0) {
-      missing = arrivals;
-      phase++;
-    }
-    emulated::perhaps_yield();
-  }
-  void wait(int parity) {
-    emulated::wait_until([&] { return (phase & 1) != (u32)parity; });
-    emulated::perhaps_yield();
-  }
-};
+inline u32 atomicOr(u32* to, u32 bits) {
+  const u32 before = *to;
+  *to |= bits;
+  return before;
+}
 
 // ---------------------------------------------------------------------------------------------- matrix units
 
@@ -332,54 +496,101 @@ static bool all_committed(int warpgroup, size_t group) {
                      [&](const Fiber& fiber) { return fiber.groups.size() > group; });
 }
 
-// product `step` of the next group: sums of 64 rows, 16 a warp, with rows of x that the descriptor finds
-static void multiply_warpgroup(Fiber* of, size_t group, size_t step) {
-  const Product first = of[0].groups[group][step];
-  if (first.x >> 62 != 1 || (first.x >> 32 & 0x3FFF) != 1024 / 16) return void(failure = "another layout of x");
-  const int rows_of_x = first.count * 2;
-  float x[256][16];
-  for (int row = 0; row < rows_of_x; row++)
-    for (int k = 0; k < 16; k++) {
-      u32 at = (u32)(first.x & 0x3FFF) * 16 + row / 8 * 1024 + row % 8 * 128 + k * 2;
+// rows of 32 bytes that the descriptor finds
+static void read_operand(u64 descriptor, int rows, u8 (*out)[32]) {
+  const u32 begin = (u32)(descriptor & 0x3FFF) * 16;
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0 || (descriptor >> 32 & 0x3FFF) != 1024 / 16 ||
+      begin % 1024 + 32 > 128 || begin / 1024 * 1024 + rows * 128 > ALL_SHARED)
+    return void(failure = "another layout of an operand");
+  for (int row = 0; row < rows; row++)
+    for (int piece = 0; piece < 2; piece++) {
+      u32 at = begin + row / 8 * 1024 + row % 8 * 128 + piece * 16;
       at ^= (at >> 7 & 7) << 4;  // the eight pieces of 128 bytes are permuted
-      u16 value;
-      std::memcpy(&value, seen_by_matrix_units + at, 2);
-      x[row][k] = widened(value);
+      std::memcpy(out[row] + piece * 16, seen_by_matrix_units + at, 16);
     }
-  for (int warp = 0; warp < 4; warp++) {
-    float a[16][16];
-    for (int lane = 0; lane < 32; lane++) {
-      const Product& product = of[warp * 32 + lane].groups[group][step];
-      if (product.x != first.x) return void(failure = "threads give different descriptors");
-      for (int i = 0; i < 4; i++) {
-        float* to = a[lane / 4 + i % 2 * 8] + lane % 4 * 2 + i / 2 * 8;
-        to[0] = low_of(product.a[i]), to[1] = high_of(product.a[i]);
-      }
+}
+
+static void numbers_of(const u8* bytes, float (&out)[16]) {
+  for (int k = 0; k < 16; k++) out[k] = widened((u16)(bytes[2 * k] | bytes[2 * k + 1] << 8));
+}
+static void numbers_of(const u8* bytes, u32 (&out)[32]) {  // signed ones: modulo 2^32 that makes no difference
+  for (int k = 0; k < 32; k++) out[k] = (u32)(int)(signed char)bytes[k];
+}
+
+// sums of 64 rows, 16 a warp, with rows of x
+template <typename Number, int COLUMNS>
+void multiply_rows(Fiber* of, size_t group, size_t step) {
+  const Product& first = of[0].groups[group][step];
+  const int rows_of_x = first.count * 2;
+  u8 bytes[256][32];
+  Number left[64][COLUMNS], right[256][COLUMNS];
+  if (first.a) {
+    for (int thread = 0; thread < 128; thread++)
+      for (int i = 0; i < 4; i++)
+        std::memcpy(bytes[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8] + thread % 4 * 4 + i / 2 * 16,
+                    of[thread].groups[group][step].a + i, 4);
+  } else {
+    read_operand(first.weight, 64, bytes);
+  }
+  for (int row = 0; row < 64; row++) numbers_of(bytes[row], left[row]);
+  read_operand(first.x, rows_of_x, bytes);
+  for (int row = 0; row < rows_of_x; row++) numbers_of(bytes[row], right[row]);
+  for (int thread = 0; thread < 128; thread++) {
+    const Product& product = of[thread].groups[group][step];
+    Sums& sums = of[thread].sums[product.sums];
+    for (int i = 0; i < product.count; i++) {
+      const Number* a = left[thread / 32 * 16 + thread % 32 / 4 + (i >> 1 & 1) * 8];
+      const Number* b = right[i / 4 * 8 + thread % 4 * 2 + i % 2];
+      Number sum = 0;
+      if (product.accumulate) std::memcpy(&sum, &sums.values[i], 4);
+      for (int k = 0; k < COLUMNS; k++) sum += a[k] * b[k];
+      std::memcpy(&sums.values[i], &sum, 4);
     }
-    for (int lane = 0; lane < 32; lane++) {
-      const Product& product = of[warp * 32 + lane].groups[group][step];
-      for (int i = 0; i < product.count; i++) {
-        const float *left = a[lane / 4 + (i >> 1 & 1) * 8], *right = x[i / 4 * 8 + lane % 4 * 2 + i % 2];
-        float sum = product.accumulate ? product.sums[i] : 0.0f;
-        for (int k = 0; k < 16; k++) sum += left[k] * right[k];
-        product.sums[i] = sum;
-      }
+    if (--sums.products == 0) {
+      std::copy(sums.values.begin(), sums.values.end(), product.sums);
+      of[thread].sums.erase(product.sums);
     }
   }
 }
 
 static void complete_groups(int warpgroup, size_t count) {
-  for (size_t& done = groups_done[warpgroup]; done < count && all_committed(warpgroup, done); done++)
-    for (size_t step = 0; step < fibers[warpgroup * 128].groups[done].size(); step++)
-      multiply_warpgroup(fibers + warpgroup * 128, done, step);
+  Fiber* of = fibers + warpgroup * 128;
+  for (size_t& done = groups_done[warpgroup]; done < count && all_committed(warpgroup, done); done++) {
+    const std::vector<Product>& products = of[0].groups[done];
+    for (int thread = 1; thread < 128; thread++)
+      if (!std::equal(products.begin(), products.end(), of[thread].groups[done].begin(), of[thread].groups[done].end(),
+                      [](const Product& a, const Product& b) {
+                        return a.count == b.count && !a.a == !b.a && a.weight == b.weight && a.x == b.x &&
+                               a.accumulate == b.accumulate;
+                      }))
+        return void(failure = "threads of a warpgroup give different products");
+    for (size_t step = 0; step < products.size(); step++)
+      products[step].a ? multiply_rows<float, 16>(of, done, step) : multiply_rows<u32, 32>(of, done, step);
+    for (int thread = 0; thread < 128; thread++) of[thread].groups[done] = {};
+  }
+}
+
+// Until all their products are complete, sums are NaN, or as an integer what no sum is likely to be.
+static void begin_product(u32* sums, int count, const u32* a, u64 weight, u64 x, bool accumulate) {
+  Sums& kept = own().sums[sums];
+  if (kept.products++ == 0) kept.values.assign(sums, sums + count);
+  std::fill(sums, sums + count, 0x7FABCDEF);
+  own().products.push_back({sums, count, a, weight, x, accumulate});
 }
 
 }  // namespace emulated
 
+// sums in fp32, or their bits in integers
+template <typename Sum, int SUMS>
+void multiply_16(Sum (&sums)[SUMS], const u32 (&a)[4], u64 x, int accumulate) {
+  static_assert(SUMS <= 128);
+  emulated::begin_product((u32*)sums, SUMS, a, 0, x, accumulate != 0);
+}
+
 template <int SUMS>
-void multiply_16(float (&sums)[SUMS], const u32 (&a)[4], u64 x, int accumulate) {
-  if (!accumulate) std::fill(sums, sums + SUMS, NAN);
-  emulated::own().products.push_back({sums, SUMS, a, x, accumulate != 0});
+void multiply_32(int (&sums)[SUMS], u64 weight, u64 x, int accumulate) {
+  static_assert(SUMS <= 128);
+  emulated::begin_product((u32*)sums, SUMS, nullptr, weight, x, accumulate != 0);
 }
 
 inline void begin_products() {}
@@ -388,7 +599,8 @@ inline void commit_products() {
   using namespace emulated;
   own().groups.push_back(std::move(own().products));
   own().products.clear();
-  if (one_in(2)) complete_groups(current / 128, own().groups.size());
+  const size_t count = own().groups.size();  // the last thread decides, or these would hardly ever be late
+  if (all_committed(current / 128, count - 1) && one_in(2)) complete_groups(current / 128, count);
   perhaps_yield();
 }
 
@@ -404,10 +616,12 @@ void wait_for_products() {
 
 template <int SUMS>
 void sums_are_there(float (&)[SUMS]) {}
+template <int SUMS>
+void sums_are_there(int (&)[SUMS]) {}
 
 inline void show_matrix_units() {
   using namespace emulated;
-  for (const Copy& copy : own().unseen) std::memcpy(seen_by_matrix_units + copy.to, shared + copy.to, 16);
+  for (const u32 at : own().unseen) std::memcpy(seen_by_matrix_units + at, shared + at, 16);
   own().unseen.clear();
 }
 
@@ -420,14 +634,14 @@ static void (*thread_of_kernel)();
 static void begin_fiber() {
   thread_of_kernel();
   own().ended = true;
-  steps++;
   while (true) yield();
 }
 
 static void run_block() {
   std::memset(shared, 0xFF, sizeof shared);
   std::memset(seen_by_matrix_units, 0xFF, sizeof seen_by_matrix_units);
-  block_meeting = {};
+  block_meeting = consumers_meeting = {};
+  boxes.clear();
   for (Meeting& meeting : warp_meetings) meeting = {};
   std::fill(std::begin(groups_done), std::end(groups_done), 0);
   for (int i = 0; i < threads; i++) {
@@ -442,7 +656,7 @@ static void run_block() {
   const int warps = threads / 32;
   int left_behind = -1, idle = 0;
   while (!std::all_of(fibers, fibers + threads, [](const Fiber& fiber) { return fiber.ended; })) {
-    const long long before = steps;
+    bool idle_round = true;  // no thread may go on, and nothing comes
     if (one_in(8)) left_behind = one_in(2) ? (int)(chance() % warps) : -1;
     for (int turn = 0; turn < warps; turn++) {
       const int warp = chance() % warps, first = chance() % 32, stride = chance() % 16 * 2 + 1;
@@ -450,21 +664,30 @@ static void run_block() {
       for (int i = 0; i < 32 && !one_in(64); i++) {
         current = warp * 32 + (first + i * stride) % 32;
         if (own().ended) continue;
-        threadIdx.x = current;
-        swapcontext(&scheduler, &own().context);
+        if (!own().may_go_on || own().may_go_on(own().condition)) {
+          threadIdx.x = current;
+          swapcontext(&scheduler, &own().context);
+          idle_round = false;
+        }
         if (failure) return;
       }
     }
-    idle = steps == before ? idle + 1 : 0;
+    if (!boxes.empty() && (idle_round || one_in(8))) {
+      box_comes(chance() % boxes.size());
+      idle_round = false;
+    }
+    if (failure) return;
+    idle = idle_round ? idle + 1 : 0;
     if (idle > 2000) return void(failure = "threads wait forever");
   }
+  if (!boxes.empty()) return void(failure = "a block ends before its boxes have come");
   for (int i = shared_bytes; i < ALL_SHARED; i++)
     if (shared[i] != 0xFF) return void(failure = "shared memory is written past its end");
 }
 
 // x may be written by the kernel before
 template <typename Arguments>
-auto note_late(const Arguments& a, int) -> decltype(a.x, a.x_stride, void()) {
+auto note_late(const Arguments& a, int) -> decltype(a.x + a.x_stride + a.m + a.k, void()) {
   late_begin = (const char*)a.x;
   late_end = (const char*)(a.x + (a.m - 1) * a.x_stride + a.k);
 }
@@ -475,7 +698,7 @@ void note_late(const Arguments&, long) { late_begin = late_end = nullptr; }
 template <auto KERNEL, typename Arguments>
 const char* launch(const void* arguments, size_t bytes, int grid_x, int grid_y, int block, int room, u32 seed) {
   static Arguments a;
-  if (bytes > sizeof a || bytes + 8 <= sizeof a) return "the arguments are of another size";
+  if (bytes > sizeof a || bytes + alignof(Arguments) <= sizeof a) return "the arguments are of another size";
   std::memcpy(&a, arguments, bytes);
   note_late(a, 0);
   thread_of_kernel = [] { KERNEL(a); };

@@ -93,6 +93,36 @@ def test_any_number_of_rows_by_whichever_kernel(rows, spec):
         check(linear(x, q, bias), x, q, bias)
 
 
+@pytest.mark.parametrize("spec", [QuantSpec("nf4"), QuantSpec("fp4", 128, True), QuantSpec("int8")], ids=str)
+def test_many_rows(spec):
+    """Tiles by several blocks, by one, and a weight and x that end within one."""
+    for rows, n, k in ((129, 130, 1088), (512, 4096, 4096), (700, 1000, 11008), (1024, 3584, 2560), (300, 300, 18944)):
+        q = quantized(spec, n, k - k % spec.block_size if spec.format != "int8" else k)
+        for dtype in UNIT:
+            x, bias = torch.randn(rows, q.shape[1], device="cuda", dtype=dtype), biases(n, dtype)
+            out = served(x, q, bias)
+            check(out, x, q, bias)
+            assert torch.equal(served(x, q, bias), out)
+
+
+@pytest.mark.parametrize("columns", [0, 6, 200])
+@pytest.mark.parametrize("rows", [33, 60, 128, 300, 2048])
+def test_rows_of_x_in_8_bits(rows, columns):
+    for n, k in ((300, 1040), (4096, 4096)):
+        q = quantized(QuantSpec("int8"), n, k)
+        for dtype in UNIT:
+            x, bias = torch.randn(rows, k, device="cuda", dtype=dtype), biases(n, dtype)
+            x[:, torch.randperm(k, device="cuda")[:columns]] *= 6
+            x[5] = 0
+            out = served(x, q, bias)
+            check(out, x, q, bias)
+            assert torch.equal(served(x, q, bias), out)
+            x[7, 9] = torch.nan
+            again = served(x, q, bias)
+            assert again[7].isnan().all()
+            assert torch.equal(again[:7], out[:7])
+
+
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
 def test_inputs_of_any_layout(spec):
     q = quantized(spec, 96, 256)
@@ -179,8 +209,9 @@ def test_scales_that_are_all_the_same():
 
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
 def test_rows_that_are_many_and_a_weight_in_pieces(spec, monkeypatch):
-    from fewbits.kernels import pieces
+    from fewbits.kernels import cuda_backend, pieces
 
+    monkeypatch.setattr(cuda_backend, "_WIDE_MOST_ROWS", 128)
     monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 300 * 1024 * 2)
     q = quantized(spec, 1111, 1024)
     for dtype in UNIT:
@@ -203,7 +234,7 @@ def test_zero_blocks_and_large_values():
 
 
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
-@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("rows", [1, 12, 40, 200])
 def test_in_a_graph_several_times_in_a_row(spec, rows):
     """Launches that begin before the one before has ended, each needing its result."""
     layers = [quantized(spec, 512, 512) for _ in range(4)]
@@ -233,8 +264,9 @@ def test_in_a_graph_several_times_in_a_row(spec, rows):
 
 
 def test_from_several_threads():
-    layers = [quantized(QuantSpec("nf4", 64, True), 256, 512) for _ in range(4)]
-    inputs = [torch.randn(3, 512, device="cuda", dtype=torch.bfloat16) for _ in layers]
+    specs = QuantSpec("nf4", 64, True), QuantSpec("int8"), QuantSpec("nf4"), QuantSpec("fp4")
+    layers = [quantized(spec, 256, 512) for spec in specs]
+    inputs = [torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) for rows in (3, 40, 100, 300)]
     expected = [linear(x, q) for x, q in zip(inputs, layers, strict=True)]
     torch.cuda.synchronize()
     wrong = []

@@ -3,9 +3,11 @@
 What is not served here (other dtypes, rows that are not whole blocks, more rows of x, an older GPU) is left to the
 next backend, by returning ``NotImplemented``. Layouts are those of :mod:`fewbits.kernels.reference`.
 
-Up to 128 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and the
-output is rounded once; with more rows it is the weight that is rounded, and torch multiplies. The same inputs give the
-same bits every time.
+4 bits: up to 128 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and
+the output is rounded once; with more rows it is the weight that is rounded, and from some point on torch multiplies.
+8 bits: up to 16 rows, or 32 with a weight that the cache holds, the weight alone is quantized; with more, x is as well
+(LLM.int8(), where its threshold is above 0), products and sums are exact, and the output is rounded once. The same
+inputs give the same bits every time.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ _INT8_ROWS = 48  # up to which the weight is rather read several times than dequ
 _DECODE_ARGUMENTS = "9Pq4i"
 _SKINNY_ARGUMENTS = "9Pq4i2P"
 _SKINNY_ROWS = 128  # of x, at most
+_WIDE_MOST_ROWS = 1024  # of x with 4 bits, above which it pays to dequantize (measured on an H200)
+_WIDE_THREADS = 384
+_WIDE_ROWS = 128  # of the weight, in a tile
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -62,11 +67,31 @@ def _pairs(format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int32).view(-1).to(device)
 
 
+# With it each value of a format is nearly one of fp16: for fp4 exactly, for nf4 off by 3.2e-5 in the mean, the least of
+# 1.3 million factors from 1/2 to 1.
+_HALF_FACTORS = {"nf4": 0.838844921875, "fp4": 0.75}
+
+
+@functools.lru_cache(maxsize=64)
+def _values(format: str, device: torch.device) -> Tensor:
+    """fp32 [18]: the values of the codes, the factor above, and one over it."""
+    factor = _HALF_FACTORS[format]
+    values = codebook(format, torch.device("cpu"))
+    return torch.cat([values, torch.tensor([factor, 1 / factor])]).to(device)
+
+
 @functools.cache
 def _limits(device: int) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a block may have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin - 2048  # less what is static
+
+
+@functools.cache
+def _cache_bytes(device: int) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    size: int = properties.L2_cache_size
+    return size
 
 
 # ------------------------------------------------------------------------------------------------- dequantizing
@@ -274,10 +299,62 @@ def _skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bo
     )  # fmt: skip
     kernel = _made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * warpgroups, shared)
     tiles = -(-n // rows)
+    return None if kernel is None else _Skinny(kernel, tile_m, _blocks(processors, tiles, k), tiles, rows)
+
+
+# ------------------------------------------------------------------------------------------------- many rows
+
+
+class _Wide(NamedTuple):
+    """A kernel of wide.cu, run by ``blocks``."""
+
+    kernel: Kernel
+    tile_m: int
+    blocks: int
+    tiles: int
+
+    def memory(self, device: torch.device, zeros: int = 0) -> tuple[Tensor, Tensor]:
+        """Where blocks leave the sums of parts of tiles, and count them: at least so many zeros."""
+        sums = torch.empty(2 * self.blocks * _WIDE_ROWS * self.tile_m, dtype=torch.int32, device=device)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        return sums, _counters_for(device, stream, max(self.tiles, zeros))
+
+
+@functools.lru_cache(maxsize=1024)
+def _wide(
+    rows: int, n: int, k: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
+) -> _Wide | None:  # fmt: skip
+    """The kernel for ``rows`` of x; None where it does not serve. ``block_size``, ``nested``: of 4 bits."""
+    processors, room = _limits(device)
+    if torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.has_tensor_maps():
+        return None  # its matrix instructions are Hopper's alone
+    if block_size < 64 or k % (max(block_size, 64) if bits == 4 else 16):
+        return None
+    # rows of x that tiles work on, those past the last one as well; the weight is decoded again for each tile
+    sizes = {256: 1.0, 128: 1.4} if bits == 4 else {256: 1.0, 128: 1.15, 64: 1.5}
+    tile_m = min(sizes, key=lambda size: -(-rows // size) * size * sizes[size])
+    slot = tile_m * 128 + _WIDE_ROWS * (32 + 4 if bits == 4 else 128)
+    fixed = _TABLE + 1024 if bits == 4 else tile_m * 128
+    stages = min((room - fixed - 1024) // slot, 8)
+    if stages < 3:
+        return None
+    defines: tuple[tuple[str, int], ...] = (
+        ("BF16", int(bf16)), ("BITS", bits), ("TILE_M", tile_m), ("STAGES", stages)
+    )  # fmt: skip
+    if bits == 4:
+        defines = *defines, ("FORMAT_BLOCK", block_size), ("NESTED", int(nested))
+    arguments = "128s128s9Pq4i2P" if bits == 4 else "128s128s9Pq4i2P3Pq"
+    kernel = _made("wide.cu", defines, device, arguments, _WIDE_THREADS, fixed + stages * slot + 1024)
+    tiles = -(-rows // tile_m) * -(-n // _WIDE_ROWS)
+    return None if kernel is None else _Wide(kernel, tile_m, _blocks(processors, tiles, k), tiles)
+
+
+def _blocks(processors: int, tiles: int, k: int) -> int:
+    """How many share the chunks of all tiles, of 128 columns each."""
     # a multiple of the tiles if that leaves few processors idle: no block then has a part of two tiles
     blocks = processors // tiles * tiles
     blocks = blocks if blocks >= 0.9 * processors else processors
-    return None if kernel is None else _Skinny(kernel, tile_m, min(blocks, tiles * -(-k // 128)), tiles, rows)
+    return min(blocks, tiles * -(-k // 128))
 
 
 _counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
@@ -334,25 +411,38 @@ def linear_4bit(
         decode = _decode(n, k, 1 if rows <= 8 else 2, kind[0], 4, block_size, kind[1], index)
     elif rows <= _SKINNY_ROWS:
         skinny = _skinny(n, k, 32 if rows <= 32 else 64 if rows <= 64 else 128, kind[0], block_size, kind[1], index)
-    if decode is None and skinny is None:
+    wide = None
+    if decode is None and skinny is None and _SKINNY_ROWS < rows <= _WIDE_MOST_ROWS:
+        wide = _wide(rows, n, k, kind[0], 4, block_size, kind[1], index)
+    if decode is None and skinny is None and wide is None:
         if k % max(block_size, 8) or _dequantizer(dtype, block_size, kind[1], index) is None:
             return NotImplemented
         return many_rows(
             x, bias, n, k,
             lambda part, out: _dequantize_into(out, packed, scales, format, block_size, part.start * k),
         )  # fmt: skip
-    tables = *scales.pointers(), _pairs(format, dtype, device).data_ptr()
+    x_MK, out = _rows(x, k), torch.empty((*x.shape[:-1], n), dtype=dtype, device=device)
     absmax = scales.absmax
+    if wide is not None:
+        maps = (
+            nvrtc.tensor_map(x_MK.data_ptr(), 2, rows, k, x_MK.stride(0) * 2, wide.tile_m, 64),
+            nvrtc.tensor_map(packed.data_ptr(), 1, n, k // 2, k // 2, _WIDE_ROWS, 32),
+        )
+        tables = *scales.pointers(), _values(format, device).data_ptr()
+        sums, counters = wide.memory(device)
+        more = sums.data_ptr(), counters.data_ptr()
+        return _run(wide.kernel, wide.blocks, 1, x_MK, out, packed, absmax, tables, bias, n, k, more, maps)
+    tables = *scales.pointers(), _pairs(format, dtype, device).data_ptr()
     if decode is not None:
-        return _run(decode[0], decode[1], 1, x, packed, absmax, tables, bias, rows, n, k)
+        return _run(decode[0], decode[1], 1, x_MK, out, packed, absmax, tables, bias, n, k)
     assert skinny is not None
     x_tiles = -(-rows // skinny.tile_m)
     workspace = torch.empty(
-        x_tiles * (skinny.blocks + skinny.tiles) * skinny.rows * skinny.tile_m, dtype=torch.float32, device=device
+        x_tiles * 2 * skinny.blocks * skinny.rows * skinny.tile_m, dtype=torch.float32, device=device
     )
     counters = _counters_for(device, torch._C._cuda_getCurrentRawStream(index), x_tiles * skinny.tiles)
     more = workspace.data_ptr(), counters.data_ptr()
-    return _run(skinny.kernel, skinny.blocks, x_tiles, x, packed, absmax, tables, bias, rows, n, k, more)
+    return _run(skinny.kernel, skinny.blocks, x_tiles, x_MK, out, packed, absmax, tables, bias, n, k, more)
 
 
 def linear_4bit_t(
@@ -378,53 +468,97 @@ def linear_4bit_t(
 
 
 def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Any:
-    """As Triton's: x keeps its own precision, so that no column is an outlier and ``threshold`` has no effect."""
+    """LLM.int8(), and for a few rows as Triton's: x keeps its own precision, ``threshold`` has no effect.
+
+    So it does with a threshold of 0: without outliers apart x is not well quantized to 8 bits.
+    """
     n, k = q.shape
     rows = x.numel() // k if k else 0
-    if not (n and 0 < rows <= _INT8_ROWS and _served(x, k, q, bias, n)):
+    if not (n and rows and _served(x, k, q, bias, n)):
         return NotImplemented
-    absmax, bf16, index = _aligned(absmax), x.dtype is torch.bfloat16, x.get_device()
+    bf16, index = x.dtype is torch.bfloat16, x.get_device()
+    twice = rows <= 2 * _FEW_ROWS and n * k <= _cache_bytes(index)  # the second time from the cache: it is as fast
+    if rows > _FEW_ROWS and not twice and threshold > 0:
+        wide = _wide(rows, n, k, bf16, 8, 64, False, index)
+        if wide is not None:
+            return _linear_of_quantized(wide, x, q, _aligned(absmax), bias, threshold)
+    if rows > _INT8_ROWS:
+        return NotImplemented
+    absmax = _aligned(absmax)
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    x_MK, out_MN = x.reshape(rows, k), out.view(rows, n)
+    x_MK, out_MN = _rows(x, k), out.view(rows, n)
     for first in range(0, rows, _FEW_ROWS):
         count = min(_FEW_ROWS, rows - first)
         plan = _decode(n, k, 1 if count <= 8 else 2, bf16, 8, 64, False, index)
         if plan is None:
             return NotImplemented
         part = slice(first, first + count)
-        _run(plan[0], plan[1], 1, x_MK[part], q, absmax, (0, 0, 0, 0), bias, count, n, k, out=out_MN[part])
+        _run(plan[0], plan[1], 1, x_MK[part], out_MN[part], q, absmax, (0, 0, 0, 0), bias, n, k)
     return out
+
+
+def _linear_of_quantized(
+    wide: _Wide, x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+) -> Any:
+    """Rows of x are quantized and columns with outliers found, and then all multiplied: two launches."""
+    (n, k), device, index = q.shape, x.device, x.get_device()
+    x_MK = _rows(x, k)
+    rows, words = x_MK.shape[0], -(-k // 32)
+    quantize = _made("quantize_rows.cu", (("BF16", int(x.dtype is torch.bfloat16)),), index, "5Pq2if", 256, words * 4)
+    if quantize is None:
+        return NotImplemented
+    codes = torch.empty(rows, k, dtype=torch.int8, device=device)
+    scales = torch.empty(-(-rows // wide.tile_m) * wide.tile_m, dtype=torch.float32, device=device)
+    outliers = torch.empty(1 + k, dtype=torch.int32, device=device)
+    sums, counters = wide.memory(device, 1 + words)
+    arguments = (
+        x_MK.data_ptr(), codes.data_ptr(), scales.data_ptr(), outliers.data_ptr(), counters.data_ptr(),
+        x_MK.stride(0), rows, k, threshold,
+    )  # fmt: skip
+    _launch(quantize, index, min(rows, 8 * _limits(index)[0]), 1, arguments)
+    more = (
+        sums.data_ptr(), counters.data_ptr(), scales.data_ptr(), x_MK.data_ptr(), outliers.data_ptr(), x_MK.stride(0)
+    )  # fmt: skip
+    maps = (
+        nvrtc.tensor_map(codes.data_ptr(), 1, rows, k, k, wide.tile_m, 128),
+        nvrtc.tensor_map(q.data_ptr(), 1, n, k, k, _WIDE_ROWS, 128),
+    )
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
+    return _run(wide.kernel, wide.blocks, 1, codes, out, q, absmax, (0, 0, 0, 0), bias, n, k, more, maps)
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """x [..., k] as rows that begin at multiples of 16 bytes, and lie together."""
+    x_MK = x.reshape(-1, k)
+    if x_MK.stride(1) != 1 or x_MK.stride(0) * x.element_size() % 16 or x_MK.data_ptr() % 16:
+        x_MK = x_MK.clone(memory_format=torch.contiguous_format)
+    return x_MK
 
 
 def _run(
     kernel: Kernel,
     grid_x: int,
     grid_y: int,
-    x: Tensor,
+    x_MK: Tensor,
+    out: Tensor,
     packed: Tensor,
     absmax: Tensor,
     tables: tuple[int, ...],
     bias: Tensor | None,
-    rows: int,
     n: int,
     k: int,
     more: tuple[int, ...] = (),
-    out: Tensor | None = None,
+    maps: tuple[bytes, ...] = (),
 ) -> Tensor:
-    x_MK = x.reshape(rows, k)
-    if x_MK.stride(1) != 1 or x_MK.stride(0) % 8 or x_MK.data_ptr() % 16:
-        x_MK = x_MK.clone(memory_format=torch.contiguous_format)
-    if out is None:
-        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     bias_pointer = bias_bytes = 0
     if bias is not None:
         bias = bias.contiguous()
         bias_pointer, bias_bytes = bias.data_ptr(), bias.element_size()
     arguments = (
-        packed.data_ptr(), absmax.data_ptr(), *tables, x_MK.data_ptr(), bias_pointer, out.data_ptr(), x_MK.stride(0),
-        rows, n, k, bias_bytes, *more,
+        *maps, packed.data_ptr(), absmax.data_ptr(), *tables, x_MK.data_ptr(), bias_pointer, out.data_ptr(),
+        x_MK.stride(0), x_MK.shape[0], n, k, bias_bytes, *more,
     )  # fmt: skip
-    _launch(kernel, x.get_device(), grid_x, grid_y, arguments)
+    _launch(kernel, x_MK.get_device(), grid_x, grid_y, arguments)
     return out
 
 

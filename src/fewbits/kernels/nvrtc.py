@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -31,6 +32,10 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _MAX_DYNAMIC_SHARED_MEMORY = 8
 _CAPTURE_RELAXED = 2
 _PROGRAMMATIC_LAUNCH = 6
+# CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
+_UINT8, _UINT16 = 0, 1
+_SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
+_PROMOTION_256B = 3
 
 
 class CudaError(RuntimeError):
@@ -119,13 +124,20 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "fewbits"
 
 
+def source_of(file: str) -> str:
+    """The text of a kernel, with that of the headers it includes: ``common.cuh``, and others of ours by name."""
+    text = (SOURCES / file).read_text()
+    included = re.sub(r'^#include "(.*)"\n', lambda name: (SOURCES / name[1]).read_text(), text, flags=re.MULTILINE)
+    return (SOURCES / "common.cuh").read_text() + included
+
+
 def machine_code(file: str, defines: tuple[tuple[str, int], ...], architecture: str, *, fresh: bool = False) -> bytes:
     """A source of ours compiled with these macros, from the cache where it was before unless it shall be ``fresh``.
 
     Raises:
         CudaError: it cannot be compiled.
     """
-    source = (SOURCES / "common.cuh").read_text() + (SOURCES / file).read_text()
+    source = source_of(file)
     macros = (f"-D{name}={value}" for name, value in defines)
     options = ("-std=c++17", f"-arch=sm_{architecture}", *macros)
     known = hashlib.sha256("\0".join((source, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
@@ -198,7 +210,7 @@ class Kernel:
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, Path(file).stem.encode()), file)
         _check(driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, shared), f"{file}: shared memory")
         self._pack = struct.Struct(arguments)
-        self._call = _Call(self._pack.size, threads, shared)
+        self._call = _Call(-(-self._pack.size // 64) * 64, threads, shared)  # as a struct with a tensor map in it
         self._cu_launch = driver.cuLaunchKernelEx
         self._programmatic = major >= 9
 
@@ -221,6 +233,35 @@ class Kernel:
             code = self._cu_launch(call.launch_pointer, self._function, call.arguments, None)
         if code:
             _check(code, "launching a kernel")
+
+
+@functools.cache
+def has_tensor_maps() -> bool:
+    """Whether the driver describes tensors for copies of boxes: since CUDA 12."""
+    return hasattr(_driver(), "cuTensorMapEncodeTiled")
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_map(
+    pointer: int, item_bytes: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int
+) -> bytes:  # fmt: skip
+    """CUtensorMap of a matrix whose rows are ``stride`` bytes apart, for copies of boxes.
+
+    ``item_bytes``: 1 or 2. Where a row of a box takes 128 bytes, its pieces of 16 are permuted by the row's number.
+
+    Raises:
+        CudaError: an address or stride that is not a multiple of 16 bytes.
+    """
+    memory = (ctypes.c_char * 192)()
+    at = -ctypes.addressof(memory) % 64
+    code = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(memory) + at), _UINT8 if item_bytes == 1 else _UINT16, 2,
+        ctypes.c_void_p(pointer), (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1), 0,
+        _SWIZZLE_128B if box_columns * item_bytes == 128 else _SWIZZLE_NONE, _PROMOTION_256B, 0,
+    )  # fmt: skip
+    _check(code, "describing a tensor")
+    return memory.raw[at : at + 128]
 
 
 @contextlib.contextmanager

@@ -110,6 +110,11 @@ struct Barrier {
   DEVICE void arrive() {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
+  // an arrival, and the phase does not end before so many bytes of boxes (copy_box) have come as well
+  DEVICE void arrive_and_expect(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
+                 : "memory");
+  }
   DEVICE void wait(int parity) {
     asm volatile(
         "{\n"
@@ -119,6 +124,17 @@ struct Barrier {
         "}" ::"r"(shared_address(this)), "r"(parity) : "memory");
   }
 };
+
+// How many came before, of `others` + 1 in all; the last one leaves a zero. What a block wrote before it came (and
+// before a barrier) is there for blocks that come later (and after a barrier).
+DEVICE u32 count_up(u32* counter, u32 others) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(others)
+               : "memory");
+  return before;
+}
 
 #endif
 

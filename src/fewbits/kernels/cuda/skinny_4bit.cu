@@ -23,6 +23,8 @@
 // (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, no more than there are
 // chunks; tiles of x.
 
+#include "hopper.cuh"
+
 struct Arguments {
   const u8* packed;         // [N, K / 2]
   const void* scales;       // [N, K / FORMAT_BLOCK]: fp32, or codes in 8 bits
@@ -35,7 +37,7 @@ struct Arguments {
   u16* out;                 // [M, N]
   long long x_stride;
   int m, n, k, bias_bytes;
-  float* workspace;         // [tiles of x, blocks + tiles of the weight, ROWS * TILE_M]
+  u32* workspace;           // [tiles of x, 2 * blocks, ROWS * TILE_M]: sums of parts of tiles
   u32* counters;            // [tiles of x, tiles of the weight]: zeros, before and after
 };
 
@@ -52,101 +54,13 @@ constexpr int STEPS = FOLD && TILE_M == 128 && WARPGROUPS == 4 ? 2 : 4, GROUPS =
 constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : TILE_M == 64 ? 2 : 1;  // read when blocks' sums are added up
 static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && SLOT % 1024 == 0);
 
-// ---------------------------------------------------------------------------------------------- matrix units
-
-#ifndef EMULATED
-
-// sums[64 x TILE_M] += a[64 x 16] * x[TILE_M x 16].T by the four warps of a warpgroup, each with 16 of the 64 rows; the
-// operand a and, eight columns at a time, the sums lie in registers as in multiply_add. accumulate = 0: no sums before.
-#define LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define LIST_32 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST_64                                                                                        \
-  LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49" \
-          ", %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SUMS_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
-#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
-#define WGMMA(shape, sums, a0, a1, a2, a3, x, accumulate)       \
-  "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0;"           \
-  "wgmma.mma_async.sync.aligned." shape ".f32." NARROW "." NARROW \
-  " {" sums "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " x ", p, 1, 1, 0; }"
-
-DEVICE void multiply_16(float (&sums)[SUMS], const u32 (&a)[4], u64 x, int accumulate) {
-#if TILE_M == 32
-  asm volatile(WGMMA("m64n32k16", LIST_16, "%16", "%17", "%18", "%19", "%20", "%21")
-               : SUMS_16(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(accumulate));
-#elif TILE_M == 64
-  asm volatile(WGMMA("m64n64k16", LIST_32, "%32", "%33", "%34", "%35", "%36", "%37")
-               : SUMS_16(0), SUMS_16(16)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(accumulate));
-#elif TILE_M == 128
-  asm volatile(WGMMA("m64n128k16", LIST_64, "%64", "%65", "%66", "%67", "%68", "%69")
-               : SUMS_16(0), SUMS_16(16), SUMS_16(32), SUMS_16(48)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x), "r"(accumulate));
-#else
-#error "TILE_M is 32, 64 or 128"
-#endif
-}
-
-DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-DEVICE void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int PENDING>
-DEVICE void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// What is done with the sums is not to come before the wait for them.
-DEVICE void sums_are_there(float (&sums)[SUMS]) {
-#pragma unroll
-  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
-// the matrix units read shared memory on a path of their own: what this thread wrote is to be there, too
-DEVICE void show_matrix_units() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-DEVICE u32 product_of_pairs(u32 left, u32 right) {
-  u32 out;
-  asm("mul.rn." PAIR_TYPE " %0, %1, %2;" : "=r"(out) : "r"(left), "r"(right));
-  return out;
-}
-
-// an 8 x 8 matrix of 16-bit numbers, two of row lane / 4 in each lane, transposed
-DEVICE u32 transposed(u32 pair) {
-  u32 out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-  return out;
-}
-
-// ---------------------------------------------------------------------------------------------- memory
-
-// 16 bytes of codes; the codes of the next chunks are fetched as far as the second-level cache
-DEVICE void copy_codes_async(u32 to, const u8* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
-}
-
-// How many came before, of `others` + 1 in all; the last one leaves a zero. What a block wrote before it came (and
-// before a barrier) is there for blocks that come later (and after a barrier).
-DEVICE u32 count_up(u32* counter, u32 others) {
-  u32 before;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(others)
-               : "memory");
-  return before;
-}
-
-#endif
-
 // ---------------------------------------------------------------------------------------------- groups
 
 typedef u32 Operand[STEPS][4];
 
 // STEPS of them, together one group to wait for; x is the address of these columns of x
 DEVICE void multiply_group(float (&sums)[SUMS], const Operand& operand, u32 x, bool accumulate) {
-  // 128 bytes of each of 8 rows lie together, their pieces of 16 bytes permuted; the next 8 rows 1024 bytes further
-  const u64 second = 1ull << 62 | (u64)(1024 >> 4) << 32 | 1 << 16 | x >> 4;
+  const u64 second = second_operand(x);
   begin_products();
 #pragma unroll
   for (int s = 0; s < STEPS; s++) multiply_16(sums, operand[s], second + s * (32 >> 4), accumulate || s > 0);
@@ -237,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 
   // this block's stretch of all chunks; where the blocks are a multiple of the tiles, none goes over a tile's end
   const u32 all_chunks = tiles * chunks;
-  auto begin_of = [&](u32 block) { return (int)(block * all_chunks / gridDim.x); };
-  auto block_of = [&](u32 chunk) { return (int)(((chunk + 1) * gridDim.x - 1) / all_chunks); };
+  auto begin_of = [&](u32 block) { return stretch_begin(all_chunks, block, gridDim.x); };
+  auto block_of = [&](u32 chunk) { return stretch_of(all_chunks, chunk, gridDim.x); };
   const int begin = begin_of(blockIdx.x);
   int left = begin_of(blockIdx.x + 1) - begin, tile = begin / chunks, chunk = begin - tile * chunks;
 
@@ -379,64 +293,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 #endif
   };
 
-  // Where other blocks have chunks of the tile as well, all leave their sums, and only the last of them goes on, with
-  // all added up.
-  auto all_added = [&] {
-    const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1), own = blockIdx.x;
-    if (first == last) return true;
-    // block + tile is another number for each block and tile that meet: there the block's sums of the tile lie
-    constexpr int PART = ROWS * TILE_M;
-    float* parts = a.workspace + ((long long)blockIdx.y * (gridDim.x + tiles) + tile) * PART + thread * 4;
-    float* own_part = parts + (long long)own * PART;
-#pragma unroll
-    for (int c = 0; c < TILE_M / 8; c++)
-      __stcg((float4*)(own_part + c * THREADS * 4),
-             make_float4(sums[4 * c], sums[4 * c + 1], sums[4 * c + 2], sums[4 * c + 3]));
-    __syncthreads();
-    if (thread == 0) *last_to_come = count_up(a.counters + blockIdx.y * tiles + tile, last - first) == last - first;
-    __syncthreads();
-    if (!*last_to_come) return false;
-    // One's own sums can be begun with if they are the first or the second ones: x + y is y + x.
-    const bool keep = own - first <= 1;
-    if (!keep) clear_sums();
-#pragma unroll PARTS_AT_ONCE
-    for (int i = first; i <= last - keep; i++) {
-      const float* part = parts + (long long)(i + (keep && i >= own)) * PART;
-#pragma unroll
-      for (int c = 0; c < TILE_M / 8; c++) {
-        const float4 four = __ldcg((const float4*)(part + c * THREADS * 4));
-        sums[4 * c] += four.x, sums[4 * c + 1] += four.y, sums[4 * c + 2] += four.z, sums[4 * c + 3] += four.w;
-      }
-    }
-    return true;
-  };
-
-  auto write_out = [&] {
-    const int row = tile * ROWS + warp * 16;
-    const float bias0 = bias_at(a.bias, a.bias_bytes, min(row + g, a.n - 1));
-    const float bias1 = bias_at(a.bias, a.bias_bytes, min(row + g + 8, a.n - 1));
-    u16* out = a.out + (long long)blockIdx.y * TILE_M * a.n;
-#pragma unroll
-    for (int c = 0; c < TILE_M / 8; c++) {
-      if (c * 8 >= m) break;
-      const float* from = sums + 4 * c;
-      u32 upper = pair_of_two(from[0] + bias0, from[1] + bias0), lower = pair_of_two(from[2] + bias1, from[3] + bias1);
-      if ((a.n & 3) == 0) {
-        // a lane gets four neighbours of a row of the output, so that four lanes write 32 bytes
-        upper = transposed(upper), lower = transposed(lower);
-        const u32 other = __shfl_xor_sync(0xFFFFFFFF, t & 1 ? upper : lower, 1);
-        const int n = row + (t & 1) * 8 + (t & 2) * 2, at = c * 8 + g;
-        if (at < m && n < a.n)
-          *(uint2*)(out + (long long)at * a.n + n) = t & 1 ? make_uint2(other, lower) : make_uint2(upper, other);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int n = row + g + (i & 2) * 4, at = c * 8 + t * 2 + (i & 1);
-          const u32 pair = i & 2 ? lower : upper;
-          if (at < m && n < a.n) out[(long long)at * a.n + n] = (u16)(i & 1 ? pair >> 16 : pair);
-        }
-      }
-    }
+  auto finish = [&] {
+    const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1);
+    u32* parts = a.workspace + (long long)blockIdx.y * 2 * gridDim.x * ROWS * TILE_M;
+    u32* counter = a.counters + blockIdx.y * tiles + tile;
+    if (all_added<THREADS, PARTS_AT_ONCE>(sums, parts, counter, last_to_come, first, last))
+      write_sums(sums, a.out + (long long)blockIdx.y * TILE_M * a.n, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes);
   };
 
   // ------------------------------------------------------------------------------------------ first copies
@@ -515,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     wait_for_products<0>();
     sums_are_there(sums);
 #endif
-    if (all_added()) write_out();
+    finish();
     if (left == 0) break;
     tile++;
     chunk = 0;

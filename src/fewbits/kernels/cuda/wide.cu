@@ -1,0 +1,390 @@
+// out[M, N] = x[M, K] @ weight[N, K].T + bias for a weight in 4 or 8 bits and many rows of x: a prompt, or many texts.
+// For sm_90a.
+//
+// Two warpgroups multiply, each 64 rows of the weight by TILE_M rows of x, whose sums stay in registers while K goes
+// by. A third one fills a ring of slots in shared memory, each of 64 (4 bits) or 128 columns (8 bits): of x, which the
+// copy engine brings box by box, and of the weight. Barriers say which slots are full, and which are free again.
+//
+// 4 bits: the third warpgroup decodes the scales, too. A multiplying warp looks up the two values of a byte, multiplies
+// them by the scale in fp32 and rounds the products to x's dtype, as dequantizing does; in registers they are the first
+// operand of the matrix units (wgmma), x in shared memory is the second. While these multiply the columns of one slot,
+// the warp decodes those of the next. What limits this is shared memory: the matrix units take half of its bandwidth.
+//
+// 8 bits: x is there in 8 bits as well, with a scale for each row (quantize_rows.cu), and sums are of integers. In
+// columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype.
+//
+// The tiles stand in an order in which blocks that run at the same time share rows of x and of the weight in the
+// second-level cache. The last ones are shared by blocks (see all_added in hopper.cuh), so that none is idle.
+//
+// Compiled for: BF16, BITS, TILE_M (64, 128 or 256 rows of x), STAGES (slots), and for 4 bits FORMAT_BLOCK (elements of
+// a quantization block, 64 or more) and NESTED (double quantization). The grid: blocks, no more than there are chunks of tiles.
+
+#include "hopper.cuh"
+
+#if BITS == 4
+typedef float Sum;
+typedef u16 Number;
+#else
+typedef int Sum;
+typedef u8 Number;
+#endif
+
+struct Arguments {
+  Map x_map;                // of x [M, K], 16-bit numbers or 8-bit codes; boxes: TILE_M rows by 128 bytes
+  Map weight_map;           // of packed, in bytes; boxes: ROWS by 32, or by 128
+  const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
+  const void* scales;       // 4 bits: [N, K / FORMAT_BLOCK] fp32, or codes in 8 bits; 8 bits: [N] fp32
+  const float* nested;      // scale of each 256 of those
+  const float* offset;      // added to each scale
+  const float* dynamic;     // the values of the 256 codes of scales
+  const float* values;      // [18]: the values of the 16 codes, the factor of the table (BF16), and one over it
+  const Number* x;          // [M, K], rows x_stride apart
+  const void* bias;         // [N]
+  u16* out;                 // [M, N]
+  long long x_stride;
+  int m, n, k, bias_bytes;
+  u32* workspace;           // [2 * blocks, ROWS * TILE_M]: sums of parts of tiles
+  u32* counters;            // [tiles]: zeros, before and after
+#if BITS == 8
+  const float* x_scales;    // [M, at least to a multiple of TILE_M]
+  const u16* exact;         // [M, K]: x as it was, rows exact_stride apart
+  const int* outliers;      // how many columns have any, and which, in their order
+  long long exact_stride;
+#endif
+};
+
+constexpr int CONSUMERS = 256, ROWS = 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int X_BYTES = TILE_M * 128;                       // of a slot: 128 bytes of each row
+constexpr int ROW_BYTES = BITS == 4 ? 32 : 128;             // of a row of the weight, in a slot
+constexpr int CODE_BYTES = ROWS * ROW_BYTES, SCALE_BYTES = BITS == 4 ? ROWS * 4 : 0;
+constexpr int SLOTS_OF_CHUNK = BITS == 4 ? 2 : 1;           // a chunk: 128 columns
+constexpr int SUMS = TILE_M / 2;                            // of a thread: 64 rows by TILE_M over 128 threads
+constexpr int TABLE_BYTES = BITS == 4 ? 65536 : 0;          // a Pair for each byte and lane, 256 bytes apart
+constexpr int DYNAMIC_BYTES = BITS == 4 ? 1024 : 0;
+constexpr int EXACT_BYTES = BITS == 8 ? X_BYTES : 0;        // columns of outliers of x
+constexpr int GROUP = 1024 / TILE_M;                        // tiles of x that blocks work on at a time
+#if BITS == 4
+typedef u32 Operand[4][4];  // of 64 columns
+
+// a scale as it is stored
+struct RawScale {
+  float value;  // where NESTED, of the scale's 256
+  u32 code;
+};
+
+DEVICE RawScale read_scale(const Arguments& a, int row, int column) {
+  const long long block = (long long)row * (a.k / FORMAT_BLOCK) + column / FORMAT_BLOCK;
+#if NESTED
+  return {a.nested[block >> 8], ((const u8*)a.scales)[block]};
+#else
+  return {((const float*)a.scales)[block], 0};
+#endif
+}
+
+// The two values of a byte in the table. For bf16 they are halves, times a factor with which all values of the format
+// are nearly halves, so that look-ups take half the bandwidth: a product is off by 7e-5 of the block's largest value at
+// most, and by 3e-5 in the mean, where rounding it to bf16 takes 9e-4. For fp16 they are in fp32.
+#if BF16
+typedef u32 Pair;
+DEVICE Pair as_pair(float first, float second) { return half_narrowed(first) | (u32)half_narrowed(second) << 16; }
+DEVICE float2 values_of(Pair pair) { return make_float2(half_widened((u16)pair), half_widened((u16)(pair >> 16))); }
+#else
+typedef float2 Pair;
+DEVICE Pair as_pair(float first, float second) { return make_float2(first, second); }
+DEVICE float2 values_of(Pair pair) { return pair; }
+#endif
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(1024) u8 shared[];
+  const int thread = threadIdx.x, lane = kept(thread & 31), warp = kept(thread >> 5);
+  const int chunks = (a.k + 127) / 128;
+  const int weight_tiles = (a.n + ROWS - 1) / ROWS, x_tiles = (a.m + TILE_M - 1) / TILE_M;
+
+  // Each block works on so many whole tiles; of those that are left over the chunks stand in a line, and each takes an
+  // equal stretch of it, half a tile at least where there are so many.
+  const int tiles = weight_tiles * x_tiles, blocks = gridDim.x;
+  const bool few_left = tiles % blocks * 2 < blocks && tiles % blocks > 0 && tiles > blocks;
+  const int whole = tiles / blocks - few_left, line_first = whole * blocks;
+  const u32 line = (tiles - line_first) * chunks;
+  const int begin = stretch_begin(line, blockIdx.x, blocks), end = stretch_begin(line, blockIdx.x + 1, blocks);
+  const int all_chunks = whole * chunks + end - begin;  // of this block
+  const int parts = whole + (end > begin ? (end - 1) / chunks - begin / chunks + 1 : 0);
+  struct Part {
+    int tile, begin, end;  // chunks
+  };
+  auto part_of = [&](int index) {
+    if (index < whole) return Part{index * blocks + (int)blockIdx.x, 0, chunks};
+    const int tile = begin / chunks + index - whole, start = tile * chunks;
+    return Part{line_first + tile, max(begin - start, 0), min(end - start, chunks)};
+  };
+
+  // tiles of the weight one after the other, by some tiles of x each
+  struct Place {
+    int weight_row, x_row;
+  };
+  auto place_of = [&](int tile) {
+    const int group = tile / (weight_tiles * GROUP), width = min(GROUP, x_tiles - group * GROUP);
+    const int within = tile - group * weight_tiles * GROUP, weight_tile = within / width;
+    return Place{weight_tile * ROWS, (group * GROUP + within - weight_tile * width) * TILE_M};
+  };
+
+  // The slots' parts, each at a multiple of 1024 bytes: x, codes; then all slots' scales.
+  u8* table = shared;
+  u8* ring = table + TABLE_BYTES;
+  u8* exact = ring + STAGES * (X_BYTES + CODE_BYTES);
+  float* slot_scales = (float*)(exact + EXACT_BYTES);
+  float* dynamic = slot_scales + STAGES * SCALE_BYTES / 4;
+  Barrier* full = (Barrier*)((u8*)dynamic + DYNAMIC_BYTES);
+  Barrier* free = full + STAGES;
+  Barrier* tables = free + STAGES;
+  u32* last_to_come = (u32*)(tables + 1);
+  [[maybe_unused]] int* listed = (int*)(last_to_come + 1);
+  const u32 ring_address = shared_address(ring);
+  auto x_address = [&](int slot) { return ring_address + slot * (X_BYTES + CODE_BYTES); };
+  int slot = 0;
+  u32 phase = 0;
+  auto advance = [&] {
+    if (++slot == STAGES) {
+      slot = 0;
+      phase ^= 1;
+    }
+  };
+
+  if (thread == 0)
+    for (int s = 0; s < STAGES; s++) {
+      full[s].init(1 + (BITS == 4 ? PRODUCERS / 32 : 0));
+      free[s].init(CONSUMERS / 32);
+    }
+  if (BITS == 4 && thread == 0) tables->init(CONSUMERS / 32);
+  __syncthreads();
+
+  // ------------------------------------------------------------------------------------------ filling
+  if (thread >= CONSUMERS) {
+    give_registers<40>();
+    const int own = thread - CONSUMERS;  // a row of the weight
+    if (BITS == 8 && own > 0) return;
+    const int slots = all_chunks * SLOTS_OF_CHUNK;
+    int half = 0, index = 0;
+    Part part = part_of(0);
+    Place place = place_of(part.tile);
+    auto column = [&] { return part.begin * 128 + half * 64; };  // half is 0 with 8 bits
+    auto go_on = [&] {
+      half = (half + 1) % SLOTS_OF_CHUNK;
+      if (half == 0 && ++part.begin == part.end && ++index < parts) {
+        part = part_of(index);
+        place = place_of(part.tile);
+      }
+    };
+    auto wait_and_copy = [&] {
+      free[slot].wait(phase ^ 1);
+      if (own == 0) {
+        full[slot].arrive_and_expect(X_BYTES + CODE_BYTES);
+        copy_box(x_address(slot), a.x_map, column(), place.x_row, full[slot]);
+        copy_box(x_address(slot) + X_BYTES, a.weight_map, BITS == 4 ? column() / 2 : column(), place.weight_row, full[slot]);
+      }
+      go_on();
+    };
+#if BITS == 8
+    wait_for_previous_kernel();
+    for (int i = 0; i < slots; i++) {
+      wait_and_copy();
+      advance();
+    }
+#else
+    const float per_factor = BF16 ? a.values[17] : 1.0f;
+#if NESTED
+    const float offset = *a.offset;
+#endif
+    RawScale raw = {};  // of the slot before, while its scale has not been written
+    int raw_slot = 0;
+    auto write_scale = [&] {
+#if NESTED
+      const float scale = dynamic[raw.code] * raw.value + offset;
+#else
+      const float scale = raw.value;
+#endif
+      slot_scales[raw_slot * ROWS + own] = scale * per_factor;
+      __syncwarp();
+      if (lane == 0) full[raw_slot].arrive();
+    };
+    wait_for_previous_kernel();
+    for (int i = 0; i < slots; i++) {
+      const int row = place.weight_row + own, at = column();
+      wait_and_copy();
+      if (i == 1) tables->wait(0);
+      if (i > 0) write_scale();
+      raw = read_scale(a, min(row, a.n - 1), min(at, a.k - 1));
+      raw_slot = slot;
+      advance();
+    }
+    write_scale();
+#endif
+    return;
+  }
+
+  // ------------------------------------------------------------------------------------------ multiplying
+  take_registers<232>();
+  wait_for_previous_kernel();
+  const int g = lane >> 2, t = lane & 3;
+  Sum sums[SUMS];
+  auto release = [&](int slot) {
+    if (lane == 0) free[slot].arrive();
+  };
+#if BITS == 4
+  const float factor = BF16 ? a.values[16] : 1.0f;
+  for (int i = thread; i < 256 * 8; i += CONSUMERS) {  // an eighth of an entry
+    const Pair pair = as_pair(a.values[i >> 7] * factor, a.values[i >> 3 & 15] * factor);
+    Pair* to = (Pair*)(table + (i >> 3) * 256) + (i & 7) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; j++) to[j] = pair;
+  }
+  if (NESTED) dynamic[thread] = a.dynamic[thread];
+  meet_consumers<CONSUMERS>();
+  if (lane == 0) tables->arrive();
+
+  // Of the 8 bytes of 16 columns of a row, bytes t and t + 4 belong to a thread. It reads all, as do the three
+  // neighbours that have the others, and takes its own byte of each word.
+  const u32 own_place = kept(lane * sizeof(Pair)), own_byte = kept(0x5504 | t << 4);
+  auto decode = [&](Operand& operand) {
+    full[slot].wait(phase);
+    __syncwarp();
+    const int row = warp * 16 + g;
+    const u8* codes = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row * 32;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float scale = slot_scales[slot * ROWS + row + r * 8];
+#pragma unroll
+      for (int p = 0; p < 2; p++) {
+        const uint4 words = *(const uint4*)(codes + r * 256 + p * 16);
+        const u32 word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float2 two = values_of(*(const Pair*)(table + __byte_perm(word[i], own_place, own_byte)));
+          operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(two.x * scale, two.y * scale);
+        }
+      }
+    }
+  };
+  Operand operands[2];  // of the slot in work, and of the next one
+  decode(operands[0]);
+#endif
+#if BITS == 8
+  // columns with outliers, 64 at a time: mostly there are no more
+  const int outliers = a.outliers[0];
+  auto list = [&](int base) {
+    if (thread < 64) listed[thread] = base + thread < outliers ? a.outliers[1 + base + thread] : 0;
+    meet_consumers<CONSUMERS>();
+  };
+  list(0);
+#endif
+  int before = 0;  // the slot whose products may still be under way
+  for (int index = 0; index < parts; index++) {
+    const Part part = part_of(index);
+    const Place place = place_of(part.tile);
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) sums[i] = 0;
+#pragma unroll 1
+    for (int chunk = part.begin; chunk < part.end; chunk++) {
+#pragma unroll
+      for (int half = 0; half < SLOTS_OF_CHUNK; half++) {
+        const int now = slot;
+#if BITS == 8
+        full[slot].wait(phase);
+        __syncwarp();
+#endif
+        advance();
+        const u64 x = second_operand(x_address(now));
+        begin_products();
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+#if BITS == 4
+          multiply_16(sums, operands[half][s], x + s * (32 >> 4), 1);
+#else
+          const u64 weight = second_operand(x_address(now) + X_BYTES + warp / 4 * 64 * 128);
+          multiply_32(sums, weight + s * (32 >> 4), x + s * (32 >> 4), 1);
+#endif
+        }
+        commit_products();
+        wait_for_products<1>();  // those of the slot before: it is free, and so is their operand
+        if (half > 0 || chunk > part.begin) release(before);
+        before = now;
+#if BITS == 4
+        if (half == 0 || chunk + 1 < part.end || index + 1 < parts) decode(operands[half ^ 1]);
+#endif
+      }
+    }
+    wait_for_products<0>();
+    sums_are_there(sums);
+    release(before);
+
+    const int in_line = (part.tile - line_first) * chunks;
+    const u32 first = index < whole ? blockIdx.x : stretch_of(line, in_line, blocks);
+    const u32 last = index < whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
+    if (all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last)) {
+      const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
+      u16* out = a.out + (long long)place.x_row * a.n;
+#if BITS == 4
+      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes);
+#else
+      // from here on the bits of fp32
+#pragma unroll
+      for (int c = 0; c < SUMS / 4; c++) {
+        const float2 scale = *(const float2*)(a.x_scales + place.x_row + c * 8 + t * 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          sums[c * 4 + i] = (int)__float_as_uint((float)sums[c * 4 + i] * (i % 2 ? scale.y : scale.x));
+      }
+      for (int base = 0; base < outliers; base += 64) {
+        if (outliers > 64) {
+          meet_consumers<CONSUMERS>();
+          list(base);
+        }
+        const int some = min(outliers - base, 64), steps = (some + 15) / 16;  // of 16 columns
+        auto codes_at = [&](u32(&operand)[4], int step) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const signed char* from = (const signed char*)a.packed + (long long)min(row + g + i % 2 * 8, a.n - 1) * a.k;
+            const int j = step * 16 + t * 2 + i / 2 * 8;
+            operand[i] = pair_of_two(from[listed[j]], from[listed[j + 1]]);
+          }
+        };
+        u32 operand[4];
+        codes_at(operand, 0);
+        if (thread < TILE_M) {
+          const long long at = place.x_row + min(thread, m - 1);
+          const float scale = a.x_scales[at];
+          auto lost = [&](int j) {  // past the last column: nothing
+            const int code = (signed char)a.x[at * a.x_stride + listed[j]];
+            return j < some ? widened(a.exact[at * a.exact_stride + listed[j]]) - code * scale : 0.0f;
+          };
+          for (int piece = 0; piece < steps * 2; piece++) {
+            u32 pair[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) pair[i] = pair_of_two(lost(piece * 8 + i * 2), lost(piece * 8 + i * 2 + 1));
+            store_for_matrix_units(shared_address(exact) + thread * 128 + ((piece ^ thread) & 7) * 16,
+                                   make_uint4(pair[0], pair[1], pair[2], pair[3]));
+          }
+        }
+        show_matrix_units();
+        meet_consumers<CONSUMERS>();
+        for (int s = 0; s < steps; s++) {
+          if (s > 0) codes_at(operand, s);
+          begin_products();
+          multiply_16(sums, operand, second_operand(shared_address(exact)) + s * (32 >> 4), 1);
+          commit_products();
+          wait_for_products<0>();
+          sums_are_there(sums);
+        }
+        meet_consumers<CONSUMERS>();  // before other columns come
+      }
+      const float* scales = (const float*)a.scales;
+      const float scale0 = scales[min(row + g, a.n - 1)] * (1.0f / 127);
+      const float scale1 = scales[min(row + g + 8, a.n - 1)] * (1.0f / 127);
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sums[i] = (int)__float_as_uint(as_float(sums[i]) * (i & 2 ? scale1 : scale0));
+      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes);
+#endif
+    }
+  }
+}
