@@ -96,6 +96,8 @@ def test_inputs_of_any_layout(cuda):
         torch.randn(64, 4, dtype=BF16).t(),  # columns first
         torch.randn(64, dtype=BF16),
         torch.randn(1, 64, dtype=BF16).expand(6, 64),
+        torch.randn(1, 64, dtype=BF16).expand(130, 64),
+        torch.randn(130, 100, dtype=BF16)[:, 3:67],
     ):
         check(product(cuda, x, q), x, q, None)
 
@@ -115,8 +117,8 @@ def test_what_is_not_served(cuda):
     [
         ((4, 230_000), QuantSpec("nf4", 64, True), 17, 300, 1152, BF16, BF16),  # two blocks to some tiles
         ((4, 230_000), QuantSpec("fp4", 64), 40, 33, 320, FP16, torch.float32),  # all at one; half a chunk at the end
-        ((2, 230_000), QuantSpec("nf4", 128, True), 70, 130, 1920, BF16, None),
-        ((5, 230_000), QuantSpec("nf4", 64, True), 128, 200, 704, BF16, None),  # parts of a tile by several blocks
+        ((2, 230_000), QuantSpec("nf4", 128, True), 60, 130, 1920, BF16, None),
+        ((5, 230_000), QuantSpec("nf4", 64, True), 64, 200, 704, BF16, None),  # parts of a tile by several blocks
         ((1, 115_000), QuantSpec("nf4", 64, True), 32, 128, 1216, BF16, BF16),  # the least ring of chunks
         ((2, 140_000), QuantSpec("fp4", 256), 64, 150, 1280, BF16, None),
     ],
@@ -139,6 +141,7 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
         ((1, 230_400), QuantSpec("nf4", 128, True), 129, 300, 256, BF16, None),  # all tiles by one
         ((3, 230_400), QuantSpec("nf4", 64), 600, 140, 192, BF16, FP16),  # whole tiles, and parts of others
         ((2, 180_000), QuantSpec("nf4", 256, True), 140, 33, 768, FP16, None),  # the least ring
+        ((4, 230_400), QuantSpec("nf4", 64, True), 70, 300, 832, BF16, BF16),  # tiles of 128 rows of x
     ],
     ids=str,
 )
@@ -284,7 +287,7 @@ MUTATIONS = {
     "tables of many rows are read early": (
         "wide.cu", "  meet_consumers<CONSUMERS>();\n  if (lane == 0) tables", "  if (lane == 0) tables",
     ),
-    "scales are read before they are there": ("skinny_4bit.cu", "= four;\n    __syncwarp();", "= four;"),
+    "scales are read before they are there": ("skinny_4bit.cu", "value[3]);\n    __syncwarp();", "value[3]);"),
 }  # fmt: skip
 
 

@@ -289,9 +289,6 @@ inline float widened(u16 value) { return half_widened(value); }
 inline float low_of(u32 pair) { return widened((u16)pair); }
 inline float high_of(u32 pair) { return widened((u16)(pair >> 16)); }
 inline u32 pair_of_two(float low, float high) { return narrowed(low) | (u32)narrowed(high) << 16; }
-inline u32 product_of_pairs(u32 left, u32 right) {
-  return pair_of_two(low_of(left) * low_of(right), high_of(left) * high_of(right));
-}
 inline u32 difference_of_pairs(u32 left, u32 right) {
   return pair_of_two(low_of(left) - low_of(right), high_of(left) - high_of(right));
 }

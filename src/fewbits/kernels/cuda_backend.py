@@ -3,7 +3,7 @@
 What is not served here (other dtypes, rows that are not whole blocks, more rows of x, an older GPU) is left to the
 next backend, by returning ``NotImplemented``. Layouts are those of :mod:`fewbits.kernels.reference`.
 
-4 bits: up to 128 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and
+4 bits: up to 64 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and
 the output is rounded once; with more rows it is the weight that is rounded, and from some point on torch multiplies.
 8 bits: up to 16 rows, or 32 with a weight that the cache holds, the weight alone is quantized; with more, x is as well
 (LLM.int8(), where its threshold is above 0), products and sums are exact, and the output is rounded once. The same
@@ -35,7 +35,7 @@ _FEW_ROWS = 16
 _INT8_ROWS = 48  # up to which the weight is rather read several times than dequantized
 _DECODE_ARGUMENTS = "9Pq4i"
 _SKINNY_ARGUMENTS = "9Pq4i2P"
-_SKINNY_ROWS = 128  # of x, at most
+_SKINNY_ROWS = 64  # of x, at most: with more, scales in fp32 outside the matrix units take too long
 _WIDE_MOST_ROWS = 1024  # of x with 4 bits, above which it pays to dequantize (measured on an H200)
 _WIDE_THREADS = 384
 _WIDE_ROWS = 128  # of the weight, in a tile
@@ -285,8 +285,8 @@ def _skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bo
     processors, room = _limits(device)
     if k % max(block_size, 64) or block_size < 64 or torch.cuda.get_device_capability(device) != (9, 0):
         return None  # its matrix instructions are Hopper's alone
-    # measured on an H200; with scales in fp32 (FOLD = 0), as bitsandbytes has less error than with folded ones
-    warpgroups = 4 if n > 8192 and tile_m < 128 else 2
+    # measured on an H200
+    warpgroups = 4 if n > 8192 else 2
     rows = 64 * warpgroups
     slot = tile_m * 256 + rows * 64
     stages = min((room - _TABLE - 64) // slot, 8)
@@ -295,7 +295,7 @@ def _skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bo
     shared = _TABLE + stages * slot + 64
     defines = (
         ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
-        ("WARPGROUPS", warpgroups), ("STAGES", stages), ("FOLD", 0),
+        ("WARPGROUPS", warpgroups), ("STAGES", stages),
     )  # fmt: skip
     kernel = _made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * warpgroups, shared)
     tiles = -(-n // rows)
@@ -331,7 +331,7 @@ def _wide(
     if block_size < 64 or k % (max(block_size, 64) if bits == 4 else 16):
         return None
     # rows of x that tiles work on, those past the last one as well; the weight is decoded again for each tile
-    sizes = {256: 1.0, 128: 1.4} if bits == 4 else {256: 1.0, 128: 1.15, 64: 1.5}
+    sizes = {256: 1.0, 128: 1.3} if bits == 4 else {256: 1.0, 128: 1.15, 64: 1.5}
     tile_m = min(sizes, key=lambda size: -(-rows // size) * size * sizes[size])
     slot = tile_m * 128 + _WIDE_ROWS * (32 + 4 if bits == 4 else 128)
     fixed = _TABLE + 1024 if bits == 4 else tile_m * 128
@@ -410,7 +410,7 @@ def linear_4bit(
     if rows <= _FEW_ROWS:
         decode = _decode(n, k, 1 if rows <= 8 else 2, kind[0], 4, block_size, kind[1], index)
     elif rows <= _SKINNY_ROWS:
-        skinny = _skinny(n, k, 32 if rows <= 32 else 64 if rows <= 64 else 128, kind[0], block_size, kind[1], index)
+        skinny = _skinny(n, k, 32 if rows <= 32 else 64, kind[0], block_size, kind[1], index)
     wide = None
     if decode is None and skinny is None and _SKINNY_ROWS < rows <= _WIDE_MOST_ROWS:
         wide = _wide(rows, n, k, kind[0], 4, block_size, kind[1], index)
@@ -528,9 +528,9 @@ def _linear_of_quantized(
 
 
 def _rows(x: Tensor, k: int) -> Tensor:
-    """x [..., k] as rows that begin at multiples of 16 bytes, and lie together."""
+    """x [..., k] as rows that begin at multiples of 16 bytes, one after the other, and lie together."""
     x_MK = x.reshape(-1, k)
-    if x_MK.stride(1) != 1 or x_MK.stride(0) * x.element_size() % 16 or x_MK.data_ptr() % 16:
+    if x_MK.stride(1) != 1 or x_MK.stride(0) < k or x_MK.stride(0) * x.element_size() % 16 or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
     return x_MK
 

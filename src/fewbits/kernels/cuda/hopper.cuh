@@ -107,12 +107,6 @@ DEVICE void store_for_matrix_units(u32 to, uint4 value) {
                : "memory");
 }
 
-DEVICE u32 product_of_pairs(u32 left, u32 right) {
-  u32 out;
-  asm("mul.rn." PAIR_TYPE " %0, %1, %2;" : "=r"(out) : "r"(left), "r"(right));
-  return out;
-}
-
 // fp16, whatever x is
 DEVICE float half_widened(u16 value) {
   float out;
@@ -181,11 +175,9 @@ DEVICE u64 second_operand(u32 address) { return 1ull << 62 | (u64)(1024 >> 4) <<
 // ---------------------------------------------------------------------------------------------- tiles in parts
 
 // The chunks of all tiles stand in one line, and each block takes an equal stretch of it: where a block's begins, and
-// whose a chunk is.
-DEVICE int stretch_begin(u32 all_chunks, u32 block, u32 blocks) { return (int)((u64)block * all_chunks / blocks); }
-DEVICE int stretch_of(u32 all_chunks, u32 chunk, u32 blocks) {
-  return (int)(((chunk + 1ull) * blocks - 1) / all_chunks);
-}
+// whose a chunk is. Chunks times blocks are less than 2^32.
+DEVICE int stretch_begin(u32 all_chunks, u32 block, u32 blocks) { return (int)(block * all_chunks / blocks); }
+DEVICE int stretch_of(u32 all_chunks, u32 chunk, u32 blocks) { return (int)(((chunk + 1) * blocks - 1) / all_chunks); }
 
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 DEVICE u32 bits_of(int value) { return (u32)value; }
@@ -196,11 +188,11 @@ DEVICE void add_bits(int& sum, u32 bits) { sum += (int)bits; }
 // did not begin, and for the one that it does not end), and only the last of them goes on, with all added up in the
 // order of the columns: which one that is does not matter to the result. `counter` is the tile's; it is left a zero.
 template <int THREADS, int AT_ONCE, int SUMS, typename Sum>
-DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_come, u32 first, u32 last) {
+DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_come, u32 first, u32 last, int thread) {
   if (first == last) return true;
   constexpr int PART = THREADS * SUMS;
   const u32 own = blockIdx.x;
-  u32* mine = parts + threadIdx.x * 4;
+  u32* mine = parts + thread * 4;
   auto place = [&](u32 block) { return mine + (u64)(2 * block + (block == first)) * PART; };
   u32* to = place(own);
 #pragma unroll
@@ -208,7 +200,7 @@ DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_
     __stcg((uint4*)(to + c * THREADS * 4), make_uint4(bits_of(sums[4 * c]), bits_of(sums[4 * c + 1]),
                                                       bits_of(sums[4 * c + 2]), bits_of(sums[4 * c + 3])));
   meet_consumers<THREADS>();
-  if (threadIdx.x == 0) *last_to_come = count_up(counter, last - first) == last - first;
+  if (thread == 0) *last_to_come = count_up(counter, last - first) == last - first;
   meet_consumers<THREADS>();
   if (!*last_to_come) return false;
   // One's own sums can be begun with if they are the first or the second ones: x + y is y + x.
@@ -236,8 +228,7 @@ DEVICE float as_float(int bits) { return __uint_as_float((u32)bits); }
 
 // A warp's sums, 16 rows of the weight from `row` on by m rows of x, to out[m, n].
 template <int SUMS, typename Sum>
-DEVICE void write_sums(const Sum (&sums)[SUMS], u16* out, int m, int n, int row, const void* bias, int bias_bytes) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+DEVICE void write_sums(const Sum (&sums)[SUMS], u16* out, int m, int n, int row, const void* bias, int bias_bytes, int g, int t) {
   const float bias0 = bias_at(bias, bias_bytes, min(row + g, n - 1));
   const float bias1 = bias_at(bias, bias_bytes, min(row + g + 8, n - 1));
 #pragma unroll

@@ -15,13 +15,12 @@
 // leaves its sums in the workspace, and the last of them adds all, in the order of the columns: which one that is does
 // not matter to the result.
 //
-// FOLD says how scales come in. 1: they are multiplied into each pair, all in 16 bits, and the sums stay in the matrix
-// units until the tile ends. 0: the sums of each 64 columns are scaled in fp32, which is more exact and takes more
-// time.
+// The sums of each 64 columns are scaled in fp32: scales in the pairs, all in 16 bits, would take less time, and be less
+// exact.
 //
 // Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block, 64 or more), NESTED (double quantization), TILE_M
-// (32, 64 or 128 rows of x), WARPGROUPS, STAGES (chunks in the ring), FOLD. The grid: blocks, no more than there are
-// chunks; tiles of x.
+// (32 or 64 rows of x), WARPGROUPS, STAGES (chunks in the ring). The grid: blocks, no more than there are chunks; tiles
+// of x.
 
 #include "hopper.cuh"
 
@@ -49,9 +48,8 @@ constexpr int X_BYTES = 2 * X_HALF, SLOT = X_BYTES + ROWS * CHUNK / 2;
 constexpr int LEAD = STAGES - 2;                        // chunks ahead of the one in work that are copied
 constexpr int SUMS = TILE_M / 2;                        // of a thread: 64 rows by TILE_M over 128 threads
 constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;        // chunks that eight scales of a row are for
-// steps of 16 columns that share an operand: 64 columns, or 32 where registers are short
-constexpr int STEPS = FOLD && TILE_M == 128 && WARPGROUPS == 4 ? 2 : 4, GROUPS = 8 / STEPS;
-constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : TILE_M == 64 ? 2 : 1;  // read when blocks' sums are added up
+constexpr int STEPS = 4, GROUPS = 8 / STEPS;            // steps of 16 columns that share an operand
+constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : 2;  // read when blocks' sums are added up
 static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && SLOT % 1024 == 0);
 
 // ---------------------------------------------------------------------------------------------- groups
@@ -124,20 +122,6 @@ DEVICE void decode_scales(float (&value)[4], const RawScales& raw, const Argumen
 #endif
 }
 
-// what a thread multiplies by: fp32, or (FOLD) a pair of twice the same 16-bit number
-#if FOLD
-typedef u32 Scale;
-DEVICE Scale wanted(float scale) { return pair_of_two(scale, scale); }
-#else
-typedef float Scale;
-DEVICE Scale wanted(float scale) { return scale; }
-#endif
-struct __align__(16) FourScales {
-  Scale value[4];
-};
-struct __align__(8) TwoScales {
-  Scale value[2];
-};
 
 // ---------------------------------------------------------------------------------------------- the kernel
 
@@ -213,27 +197,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     const int first = window_first(chunk);
     float value[4];
     decode_scales(value, raw, a, table, window_row(tile) + min(first, row_blocks - 1));
-    FourScales four;
 #pragma unroll
     for (int i = 0; i < 4; i++)  // columns past the last one: x is 0 there, and so is the scale
-      four.value[i] = wanted(first + i < row_blocks ? value[i] : 0.0f);
-    *(FourScales*)(scale_at(table, warp, lane & 15, (lane >> 4) * 4)) = four;
+      value[i] = first + i < row_blocks ? value[i] : 0.0f;
+    *(float4*)scale_at(table, warp, lane & 15, (lane >> 4) * 4) = make_float4(value[0], value[1], value[2], value[3]);
     __syncwarp();
     const int following = (chunk / WINDOW + 1) * WINDOW;
     const bool next_tile = following >= chunks;
     raw = read_window(tile + next_tile, next_tile ? 0 : following);
   };
-  Scale scales[2][2];  // of a chunk's halves, rows g and g + 8 of the warp's
+  float scales[2][2];  // of a chunk's halves, rows g and g + 8 of the warp's
   auto take_scales = [&] {
     const int block = chunk * CHUNK / FORMAT_BLOCK & 7;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const u8* from = scale_at(table, warp, g + r * 8, block);
       if constexpr (FORMAT_BLOCK < CHUNK) {
-        const TwoScales two = *(const TwoScales*)from;
-        scales[0][r] = two.value[0], scales[1][r] = two.value[1];
+        const float2 two = *(const float2*)from;
+        scales[0][r] = two.x, scales[1][r] = two.y;
       } else {
-        scales[0][r] = scales[1][r] = *(const Scale*)from;
+        scales[0][r] = scales[1][r] = *(const float*)from;
       }
     }
   };
@@ -259,9 +242,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           u32 pair = *(const u32*)(table + __byte_perm(word[i], lane4, own_byte));
-#if FOLD
-          pair = product_of_pairs(pair, scales[piece / 2][r]);
-#endif
           operand[q * 2 + i / 2][i % 2 * 2 + r] = pair;
         }
       }
@@ -274,31 +254,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
   };
-  [[maybe_unused]] float part[FOLD ? 1 : SUMS];  // of 64 columns
+  float part[SUMS];  // of 64 columns
   auto add_part = [&](int half) {
-#if !FOLD
     wait_for_products<0>();
     sums_are_there(part);
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sums[i] += scales[half][i >> 1 & 1] * part[i];
-#endif
   };
   auto multiply = [&](const Operand& operand, int slot, int group) {
     const int column = group * STEPS * 16;
     const u32 x = ring_address + slot * SLOT + column / 64 * X_HALF + column % 64 * 2;
-#if FOLD
-    multiply_group(sums, operand, x, true);
-#else
     multiply_group(part, operand, x, false);
-#endif
   };
 
   auto finish = [&] {
     const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1);
     u32* parts = a.workspace + (long long)blockIdx.y * 2 * gridDim.x * ROWS * TILE_M;
     u32* counter = a.counters + blockIdx.y * tiles + tile;
-    if (all_added<THREADS, PARTS_AT_ONCE>(sums, parts, counter, last_to_come, first, last))
-      write_sums(sums, a.out + (long long)blockIdx.y * TILE_M * a.n, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes);
+    if (all_added<THREADS, PARTS_AT_ONCE>(sums, parts, counter, last_to_come, first, last, thread))
+      write_sums(sums, a.out + (long long)blockIdx.y * TILE_M * a.n, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
   };
 
   // ------------------------------------------------------------------------------------------ first copies
@@ -355,10 +329,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
           }
           commit_copies();
         }
-        if (FOLD) wait_for_products<1>();  // those of the group before: their operand is free
         if (group + 1 < GROUPS) {
           decode(next, slot, group + 1);
-          if (!FOLD) add_part(group);
+          add_part(group);
           continue;
         }
         if (++slot == STAGES) slot = 0;
@@ -367,16 +340,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
           ready();
         }
         const bool more = ++chunk < tile_end;
-        if (FOLD && more) next_scales();
         if (more) decode(next, slot, 0);
-        if (!FOLD) add_part(group);
-        if (!FOLD && more) next_scales();
+        add_part(group);
+        if (more) next_scales();
       }
     }
-#if FOLD
-    wait_for_products<0>();
-    sums_are_there(sums);
-#endif
     finish();
     if (left == 0) break;
     tile++;

@@ -156,7 +156,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       full[s].init(1 + (BITS == 4 ? PRODUCERS / 32 : 0));
       free[s].init(CONSUMERS / 32);
     }
-  if (BITS == 4 && thread == 0) tables->init(CONSUMERS / 32);
+  if (thread == 0) {
+    tables->init(CONSUMERS / 32);
+    show_matrix_units();  // and the copy engine: that there are barriers
+  }
   __syncthreads();
 
   // ------------------------------------------------------------------------------------------ filling
@@ -321,11 +324,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     const int in_line = (part.tile - line_first) * chunks;
     const u32 first = index < whole ? blockIdx.x : stretch_of(line, in_line, blocks);
     const u32 last = index < whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
-    if (all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last)) {
+    if (all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last, thread)) {
       const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
       u16* out = a.out + (long long)place.x_row * a.n;
 #if BITS == 4
-      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes);
+      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes, g, t);
 #else
       // from here on the bits of fp32
 #pragma unroll
@@ -383,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       const float scale1 = scales[min(row + g + 8, a.n - 1)] * (1.0f / 127);
 #pragma unroll
       for (int i = 0; i < SUMS; i++) sums[i] = (int)__float_as_uint(as_float(sums[i]) * (i & 2 ? scale1 : scale0));
-      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes);
+      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes, g, t);
 #endif
     }
   }
