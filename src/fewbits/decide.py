@@ -64,26 +64,32 @@ def units_of(
         return next((prefix for prefix in outermost if prefix in whole), path if split == "parameters" else module)
 
     units: dict[str, Unit] = {}
+
+    def unit_of(path: str) -> Unit:
+        name = unit_name(path)
+        if name not in units:
+            units[name] = Unit(name)
+        return units[name]
+
     for owners in owners_of(model):
-        first, seen_in = owners[0], set()
+        size, seen_in = stored_bytes(owners[0], storage[owners[0].path]), set()
         for i, owner in enumerate(owners):
             if (id(owner.module), owner.name) in seen_in:
                 continue  # a shared module is met once
             seen_in.add((id(owner.module), owner.name))
-            unit = units.setdefault(unit_name(owner.path), Unit(unit_name(owner.path)))
+            unit = unit_of(owner.path)
             unit.is_table = isinstance(owner.module, nn.Embedding) and (unit.is_table or not unit.owners)
             unit.owners.append(owners)
-            size = stored_bytes(first, storage[first.path])
             unit.slot_bytes += aligned(size) + 4 * ALIGN if size else 0  # a quantized one is four tensors at most
             unit.nbytes += size if i == 0 else 0
     seen: set[int] = set()
+    order: dict[str, int] = {}
     for prefix, module in model.named_modules():
+        order[prefix] = len(order)
         for name, buffer in module._buffers.items():
             if buffer is not None and id(buffer) not in seen:
                 seen.add(id(buffer))
-                where = unit_name(f"{prefix}.{name}" if prefix else name)
-                units.setdefault(where, Unit(where)).nbytes += buffer.nbytes
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+                unit_of(f"{prefix}.{name}" if prefix else name).nbytes += buffer.nbytes
     return dict(sorted(units.items(), key=lambda kv: order.get(kv[0], order.get(kv[0].rpartition(".")[0], 0))))
 
 

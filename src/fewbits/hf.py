@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,43 @@ def build_empty(config: Any, folder: Path) -> nn.Module:
             expected='"architectures": [a class of transformers]',
             hint="use fewbits.load with a model that you build yourself",
         )
-    with init_empty_weights():
+    with init_empty_weights(), _initializing_values_only():
         model: nn.Module = kind._from_config(config)
     if (folder / "generation_config.json").exists() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
+
+
+@contextlib.contextmanager
+def _initializing_values_only() -> Iterator[None]:
+    """transformers passes over modules that have no values yet, in which it would change nothing.
+
+    The others, with buffers that they have computed, it initializes as ever.
+    """
+    kind = _transformers().PreTrainedModel
+    init_weights = kind.init_weights
+    marked: set[Any] = set()
+
+    def mark(module: Any) -> bool:
+        if module in marked:  # with the part of the model that it belongs to
+            return True
+        below = [mark(child) for child in module._modules.values() if child is not None]
+        own = [p for p in module._parameters.values() if p is not None]
+        empty = all(below) and not module._buffers and all(p.is_meta for p in own)
+        if empty:
+            module._is_hf_initialized = True  # transformers' own mark of a module that it is done with
+            marked.add(module)
+        return empty
+
+    def init_what_has_values(model: Any) -> None:
+        mark(model)
+        init_weights(model)
+
+    kind.init_weights = init_what_has_values
+    try:
+        yield
+    finally:
+        kind.init_weights = init_weights
 
 
 def renaming(model: nn.Module) -> Callable[[str], str]:

@@ -244,10 +244,12 @@ def _read(
     for group in users.values():
         first, source = group[0], group[0].source
         assert source is not None
-        ready = parts[id(group)] = {}
+        ready = parts[id(group)] = {**source.known}
         ready_as_stored = not first.is_buffer and _is_ready(source, storage[first.path])
         there = spread.stays_in_checkpoint(first.path, source, checkpoint) if ready_as_stored else []
         for role, key in source.group.keys.items():
+            if role in ready:
+                continue
             if key in there:
                 ready[role] = spread.map(checkpoint, key)
                 continue
@@ -324,7 +326,8 @@ def _assign(
         assert kept.spec is not None
         assert kept.dtype is not None
         decoded = decode(source.group, tensors, kept.dtype, label=first.path, threshold=kept.spec.threshold)
-        decoded.spec = replace(decoded.spec, compute_dtype=kept.spec.compute_dtype)
+        if decoded.spec.compute_dtype != kept.spec.compute_dtype:
+            decoded.spec = replace(decoded.spec, compute_dtype=kept.spec.compute_dtype)
         scales = [t for t in decoded.inner_tensors.values() if t.is_floating_point()]
         if decoded.is_cuda:
             unsure += [(first.path, source, t) for t in scales]

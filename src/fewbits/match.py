@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbits.checkpoint import Checkpoint
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
@@ -34,6 +34,7 @@ class Source:
         dtype: stored, or for a quantized one logical (``None`` for int8, which does not say).
         spec: of a tensor that is stored quantized.
         identity: equal for two sources of the same bytes.
+        known: by role: those of its tensors that had to be read to know this.
     """
 
     file: Path
@@ -42,6 +43,7 @@ class Source:
     dtype: torch.dtype | None
     spec: QuantSpec | None
     identity: tuple[object, ...]
+    known: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,27 @@ def sources_of(checkpoint: Checkpoint) -> dict[str, Source]:
     except FewbitsError as error:
         error.locate(checkpoint.path)
         raise
+    keys = [group.keys["quant_state"] for group in groups.values() if "quant_state" in group.keys]
+    states = dict(checkpoint.stream(dict.fromkeys(checkpoint.tensors[key].name for key in keys)))  # at one go
     found = {}
     for name, group in groups.items():
         parts = {role: checkpoint.tensors[key] for role, key in group.keys.items()}
         weight = parts["weight"]
+        known: dict[str, Tensor] = {}
         spec: QuantSpec | None = None
         shape, dtype = weight.shape, weight.dtype if group.format is None else None
         if group.format == "int8":
             spec = QuantSpec("int8")
         elif group.format is not None:
+            known["quant_state"] = states[parts["quant_state"].name]
             try:
-                spec, stored, dtype = stored_spec(group, parts["quant_state"].read())
+                spec, stored, dtype = stored_spec(group, known["quant_state"])
             except FewbitsError as error:
                 error.locate(parts["quant_state"].file)
                 raise
             shape = tuple(stored)
         identity = tuple(part.identity for part in parts.values())
-        found[name] = Source(weight.file, group, shape, dtype, spec, identity)
+        found[name] = Source(weight.file, group, shape, dtype, spec, identity, known)
     return found
 
 

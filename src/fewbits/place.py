@@ -42,9 +42,13 @@ def check_values(value: Tensor, storage: Storage, path: str, error: type[Fewbits
 
 
 def put(owners: Sequence[Owner], value: Tensor, requires_grad: bool) -> nn.Parameter:
-    """Make one parameter of ``value`` and give it to all its owners; a quantized one is frozen."""
+    """Make one parameter of ``value`` and give it to all its owners; a quantized one becomes it itself, frozen."""
     quantized = isinstance(value, QuantTensor)
-    parameter = nn.Parameter(value, requires_grad=requires_grad and value.is_floating_point() and not quantized)
+    if quantized:
+        value._is_param = True  # nn.Parameter's own mark; it would first make a copy that shares the inner tensors
+        parameter: nn.Parameter = value  # type: ignore[assignment]  # an instance, by the mark
+    else:
+        parameter = nn.Parameter(value, requires_grad=requires_grad and value.is_floating_point())
     for owner in owners:
         if quantized:
             install(owner.module, owner.name, parameter)

@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,12 +86,19 @@ class _Job:
         if len(self.wanted) == 1 and self.buffer.device == self.device:
             stored = self.wanted[0][0]
             return [(stored, self.buffer.view(stored.dtype).view(stored.shape))]
-        start, found = self.wanted[0][0].offset, []
-        for stored, device in self.wanted:
-            data = self.buffer[stored.offset - start : stored.offset - start + stored.nbytes]
-            there = self.through_pinned or device.type == "cpu"
-            own = data.clone() if there else data.to(device)  # aligned, and without its neighbours
-            found.append((stored, own.view(stored.dtype).view(stored.shape)))
+        # each up to where the next one begins; to another device they go together, as they are small
+        starts = [stored.offset for stored, _ in self.wanted]
+        sizes = [end - start for start, end in pairwise([*starts, starts[0] + self.nbytes])]
+        parts = {}
+        for device in {device for _, device in self.wanted}:
+            there = self.buffer if self.through_pinned else self.buffer.to(device)
+            parts[device] = there.split(sizes)
+        found = []
+        for i, (stored, device) in enumerate(self.wanted):
+            data = parts[device][i]
+            data = data if sizes[i] == stored.nbytes else data[: stored.nbytes]
+            own = data.clone().view(stored.dtype)  # aligned, and without its neighbours
+            found.append((stored, own if len(stored.shape) == 1 else own.view(stored.shape)))
         return found
 
 
@@ -189,8 +197,9 @@ def _batches(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
             first, last = batch[0][0], batch[-1][0]
             joins = (
                 max(stored.nbytes, last.nbytes) < _SMALL
-                and stored.file == last.file
-                and None not in (stored.stamp, last.stamp)
+                and stored.file is last.file
+                and stored.stamp is not None
+                and last.stamp is not None
                 and last.offset + last.nbytes <= stored.offset < last.offset + last.nbytes + 4096
                 and stored.offset + stored.nbytes - first.offset <= PIECE
             )

@@ -62,31 +62,32 @@ class Spread:
         no_split_module_classes: Iterable[str] | None = None,
     ) -> None:
         self.model, self.plan = model, plan
-        self.devices: dict[str, str] = {}  # by the path of a parameter
+        modules = dict(model.named_modules(remove_duplicate=False))
+        names: dict[int, str] = {}
+        for name, module in modules.items():
+            names.setdefault(id(module), name)  # a shared module runs under one name
+        groups = owners_of(model)
+        own = {o.path: f"{names[id(o.module)]}.{o.name}".removeprefix(".") for owners in groups for o in owners}
+        units = {path: _prefix(own[path], plan.devices) for path in own}
+        self.devices = {path: plan.devices[unit] for path, unit in units.items()}  # of parameters
+        execution = plan.execution
+        self.main = torch.device(next(iter(execution.values()), "cpu"))
+        places = set(self.devices.values())
+        self.alone = len(places) <= 1 and "disk" not in places and (places <= {"cpu"}) == (self.main == CPU)
+        if self.alone:
+            return  # nothing of what follows is asked for
         self._runs: dict[str, _Runs] = {}
         self._of: dict[str, _Runs] = {}  # by path
-        modules = dict(model.named_modules(remove_duplicate=False))
-        names = {id(module): name for name, module in model.named_modules()}  # a shared module runs under one name
         whole = set(blocks_of(model, no_split_module_classes))
-        execution = plan.execution
-        groups = owners_of(model)
-        for owners in groups:
-            for owner in owners:
-                path, own = owner.path, f"{names[id(owner.module)]}.{owner.name}".removeprefix(".")
-                unit = _prefix(own, plan.devices)
-                self.devices[path] = plan.devices[unit]
-                name = _prefix(own, whole, default=own.rpartition(".")[0])
-                runs = self._runs.setdefault(name, _Runs(name, modules[name]))
-                self._of[path] = runs
-                if not runs.paths:
-                    runs.device = runs.gpu = torch.device(execution[unit])
-                elif self.devices[path] not in ("cpu", "disk") and self.devices[runs.paths[0]] in ("cpu", "disk"):
-                    runs.device = runs.gpu = torch.device(self.devices[path])
-                runs.paths.append(path)
-        main = torch.device(next(iter(execution.values()), "cpu"))
-        self.main = main
-        places = set(self.devices.values())
-        self.alone = len(places) <= 1 and "disk" not in places and (places <= {"cpu"}) == (main == CPU)
+        for path, unit in units.items():
+            name = _prefix(own[path], whole, default=own[path].rpartition(".")[0])
+            runs = self._runs.setdefault(name, _Runs(name, modules[name]))
+            self._of[path] = runs
+            if not runs.paths:
+                runs.device = runs.gpu = torch.device(execution[unit])
+            elif self.devices[path] not in ("cpu", "disk") and self.devices[runs.paths[0]] in ("cpu", "disk"):
+                runs.device = runs.gpu = torch.device(self.devices[path])
+            runs.paths.append(path)
         for runs in self._runs.values():
             away = {self.devices[path] for path in runs.paths} <= {"cpu", "disk"}
             if away and isinstance(runs.module, nn.Embedding):
@@ -120,7 +121,7 @@ class Spread:
     def works_on(self, path: str, *, ready: bool) -> torch.device:
         """The device that a parameter's tensors are read onto; ``ready``: they are stored as they are to be used."""
         device = self.devices[path]
-        if device not in ("cpu", "disk"):
+        if self.alone or device not in ("cpu", "disk"):
             return torch.device(device)
         return CPU if ready else self._of[path].gpu  # a GPU quantizes faster
 
@@ -145,7 +146,7 @@ class Spread:
         """Make one parameter of a finished value, where it shall lie, and give it to all its owners."""
         path = owners[0].path
         device = self.devices[path]
-        if device not in ("cpu", "disk"):
+        if self.alone or device not in ("cpu", "disk"):
             put(owners, value.to(torch.device(device)), requires_grad)
             return
         units = {id(self._of[owner.path]): self._of[owner.path] for owner in owners}.values()
@@ -168,9 +169,6 @@ class Spread:
 
         home = value._map(keep) if isinstance(value, QuantTensor) else keep(value.contiguous())
         parameter = put(owners, home, requires_grad)
-        if isinstance(parameter, QuantTensor):  # making it a parameter has made aliases, whose versions count
-            inner = parameter.inner_tensors.values()
-            where = [(tensor, replace(extent, home=tensor)) for tensor, (_, extent) in zip(inner, where, strict=True)]
         for runs in fetched:
             extents = []
             for tensor, extent in where:

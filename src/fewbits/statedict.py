@@ -212,7 +212,9 @@ def decode(
         spec, shape = QuantSpec("int8", threshold=threshold), list(packed.shape)
     else:
         spec, shape, dtype, offset = _parsed(group, tensors.get("quant_state"))
-        packed = packed.contiguous().view(-1).view(torch.uint8)  # quant_storage: the same bytes under another dtype
+        packed = packed.contiguous()
+        if packed.dtype != torch.uint8:  # quant_storage: the same bytes under another dtype
+            packed = packed.view(-1).view(torch.uint8)
     inner: dict[str, Tensor | None] = {"packed": packed, "absmax": absmax}
     if spec.double_quant:
         inner["nested_absmax"] = tensors["nested_absmax"]
@@ -231,7 +233,8 @@ def decode(
                 parameter=group.name,
                 expected=f"{want_dtype} with {math.prod(want_shape)}",
             )
-        inner[part] = have.reshape(want_shape)
+        if list(have.shape) != want_shape:  # views take longer than all that is checked here
+            inner[part] = have.reshape(want_shape)
     return QuantTensor.from_inner(inner, spec, shape, dtype, label=label)
 
 

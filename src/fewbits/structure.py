@@ -114,20 +114,21 @@ def blocks_of(model: nn.Module, no_split_module_classes: Iterable[str] | None = 
         ConfigError: a class that no module of the model is of.
     """
     given = list(no_split_module_classes or ())
-    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if absent := [name for name in given if name not in classes]:
+    modules = dict(model.named_modules())
+    classes = {kind: {cls.__name__ for cls in kind.__mro__} for kind in set(map(type, modules.values()))}
+    if absent := [name for name in given if not any(name in names for names in classes.values())]:
         raise ConfigError(
             f"no_split_module_classes: no module of the model is a {', '.join(absent)}",
             expected="names of classes",
-            hint=f"the model's own: {', '.join(sorted({type(m).__name__ for m in model.modules()})[:20])}",
+            hint=f"the model's own: {', '.join(sorted({kind.__name__ for kind in classes})[:20])}",
         )
     whole = {*given, *(getattr(model, "_no_split_modules", None) or ())}
     repeated = set(_repeated(model))
     found: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if not name or (found and name.startswith(found[-1] + ".")):
             continue
-        if name in repeated or any(cls.__name__ in whole for cls in type(module).__mro__):
+        if name in repeated or not whole.isdisjoint(classes[type(module)]):
             found.append(name)
     return found
 
