@@ -14,7 +14,10 @@ Weights are random. What is timed, for each contender in turn in one process:
 
 Everybody leaves the head in bf16. bitsandbytes' int8 waits for the GPU in the middle of a call when its threshold is
 not 0, which no graph can hold: its graph has threshold 0, all else the default of 6. ``read`` is the bytes of weights
-that a step reads (all but the embeddings), as a share of bf16's: no step can be much faster than that.
+that a step reads (all but the embeddings), as a share of bf16's.
+
+``all-else`` is the model without its linear layers, but for the head. What it takes, and reading the weights of the
+linear layers at the speed of a copy, is the least that a step can take (``floor``), however fast products are.
 
 Writes ``benchmarks/results/decode-cuda.json``.
 """
@@ -45,7 +48,7 @@ from fewbits.errors import FewbitsWarning
 BATCHES = (1, 8, 32)
 CACHE, POSITION = 256, 128  # tokens that the cache holds; those that are in it before the step
 REPLAYS, PREFILLS = 20, 5
-STD = 0.01  # of weights. With 0.02 most columns that a prefill gives to down_proj would hold outliers for int8
+STD = 0.01  # of weights. With 0.02 most columns that a prefill gives to down_proj hold outliers, as in no trained model
 LEAST_COSINE = 0.98  # of the logits of the two tools' nf4
 STEPS = {"step_1": 0.6, "step_8": 0.7, "step_32": 0.9}
 TARGETS: dict[str, dict[str, float]] = {  # times of bf16's, at most
@@ -66,8 +69,20 @@ def replaced(model: nn.Module, make: Callable[[Tensor], nn.Module]) -> nn.Module
     return model
 
 
+class Nothing(nn.Module):
+    """In the place of a linear layer: zeros, which no kernel has to write."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("zeros", weight.new_zeros(len(weight)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.zeros.expand(*x.shape[:-1], -1)
+
+
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {  # from a model of their own, which they may change
     "bf16": lambda model: model,
+    "all-else": lambda model: replaced(model, Nothing),
     "bnb-nf4": lambda model: replaced(model, lambda w: peer_4bit(w, double_quant=True)),
     "bnb-int8": lambda model: replaced(model, lambda w: peer_8bit(w, threshold=6.0)),
     "fewbits-nf4": lambda model: fewbits.quantize(model, "nf4", double_quant=True, progress=False),
@@ -222,12 +237,23 @@ def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any]) -> Tensor | N
     return last[0] if last else None
 
 
+def copy_speed() -> float:
+    """Bytes a second that a copy on the GPU reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_ms(lambda: target.copy_(source), lambda: None, 10) * 1e3
+
+
 # ------------------------------------------------------------------------------------------------- the run
 
 
-def compare(row: dict[str, Any], bf16: dict[str, Any] | None) -> None:
-    """Add what a row is beside bf16's, and whether it meets its targets."""
+def compare(row: dict[str, Any], bf16: dict[str, Any] | None, rest: dict[str, Any] | None, speed: float) -> None:
+    """Add what a row is beside bf16's, the least that its steps could be, and whether it meets its targets."""
     if bf16 is not None:
+        if rest is not None and row is not rest and row["read_bytes"] is not None:
+            reading = (row["read_bytes"] - rest["read_bytes"]) / speed * 1e3
+            steps = [name for name in rest["ms"] if name.startswith("step") and name in bf16["ms"]]
+            row["floor_of_bf16"] = {name: (rest["ms"][name] + reading) / bf16["ms"][name] for name in steps}
         row["of_bf16"] = {name: ms / bf16["ms"][name] for name, ms in row["ms"].items() if name in bf16["ms"]}
         if row["read_bytes"] is not None and bf16["read_bytes"]:
             row["read_of_bf16"] = row["read_bytes"] / bf16["read_bytes"]
@@ -244,7 +270,9 @@ def show(row: dict[str, Any]) -> None:
         text = "-" if ms is None else f"{ms:.3f}" + (f" {ratio:.2f}x" if ratio is not None else "")
         if (target := row["targets"].get(name)) and target["met"] is not None:
             text += f" {'ok' if target['met'] else 'MISSED'} {target['at_most']:g}"
-        cells.append(f"{text:>26}")
+        if (floor := row.get("floor_of_bf16", {}).get(name)) is not None:
+            text += f" floor {floor:.2f}"
+        cells.append(f"{text:>30}")
     memory, read = row["weight_bytes"], row.get("read_of_bf16")
     tail = ("-" if memory is None else f"{memory / 2**30:.2f}"), ("-" if read is None else f"{read:.2f}x")
     print(f"{row['name']:<13}{''.join(cells)}{tail[0]:>8}{tail[1]:>8}", flush=True)
@@ -274,9 +302,11 @@ def run(args: argparse.Namespace, result: dict[str, Any], device: str) -> None:
     result |= {"layers": args.layers, "tokens": length, "cache": CACHE, "position": POSITION}
     print(f"{result['device']}, {args.layers} layers; ms, x of bf16's, and the target; weights in GiB")
     titles = (*(f"step B={b}" for b in BATCHES), "eager B=1", f"prefill {length}")
-    print(f"{'':<13}{''.join(f'{title:>26}' for title in titles)}{'GiB':>8}{'read':>8}")
+    print(f"{'':<13}{''.join(f'{title:>30}' for title in titles)}{'GiB':>8}{'read':>8}")
     logits: dict[str, Tensor | None] = {}
     bf16: dict[str, Any] | None = None
+    rest: dict[str, Any] | None = None
+    result["copy_bytes_per_second"] = speed = copy_speed() if device == "cuda" else 1e10
     for name in args.only:
         row: dict[str, Any] = {"name": name, "weight_bytes": None, "read_bytes": None}
         row |= {"ms": {}, "of_bf16": {}, "errors": {}}
@@ -293,9 +323,9 @@ def run(args: argparse.Namespace, result: dict[str, Any], device: str) -> None:
             if device == "cuda":
                 after_failure()
         del model
-        bf16 = row if name == "bf16" else bf16
-        row["cosine_to_bf16"] = cosine(logits.get(name), logits.get("bf16"))
-        compare(row, bf16)
+        bf16, rest = row if name == "bf16" else bf16, row if name == "all-else" else rest
+        row["cosine_to_bf16"] = None if row is rest else cosine(logits.get(name), logits.get("bf16"))
+        compare(row, bf16, rest, speed)
         result["rows"].append(row)
         show(row)
     result["nf4_cosine"] = found = cosine(logits.get("fewbits-nf4"), logits.get("bnb-nf4"))

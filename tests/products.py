@@ -6,6 +6,7 @@ import torch
 
 from fewbits import kernels
 
+MOST_OUTLIERS = 16  # columns
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # rounding adds at most so much of a value
 
 
@@ -17,9 +18,11 @@ def values(q):
 
 def in_8_bits(x, threshold):
     """x [M, K] in fp64 as LLM.int8() has it: columns with outliers as they are, others rounded to 127ths of a row's
-    largest number that is none (bitsandbytes takes it over all columns, too)."""
+    largest number that is none (bitsandbytes takes it over all columns, too). With many such columns all are exact."""
     wide = x.float()
     outlier = wide.abs() >= threshold
+    if outlier.any(0).sum() > MOST_OUTLIERS:
+        return wide.double()
     absmax = wide.masked_fill(outlier, 0.0).abs().amax(1, keepdim=True)
     factor = (127.0 / absmax.double().clamp(min=1e-30)).float()  # torch divides fp32 less exactly
     rounded = torch.round(wide * factor).double() * (absmax * (1.0 / 127)).double()

@@ -151,7 +151,7 @@ def test_hundreds_of_rows(cuda, spec, rows, n, k, dtype, bias):
         assert not counters.any()
 
 
-@pytest.mark.parametrize("columns", [0, 3, 70], ids=lambda n: f"{n}_columns_with_outliers")
+@pytest.mark.parametrize("columns", [0, 3, 16, 70], ids=lambda n: f"{n}_columns_with_outliers")
 @pytest.mark.parametrize(
     ("limits", "rows", "n", "k", "dtype"),
     [
@@ -277,12 +277,12 @@ MUTATIONS = {
     "what was copied is not shown": ("skinny_4bit.cu", "    show_matrix_units();\n", ""),
     "products are not waited for": ("skinny_4bit.cu", "    wait_for_products<0>();\n    sums_are_there(part);\n", ""),
     "a slot is read before it is full": (
-        "wide.cu", "    full[slot].wait(phase);\n    __syncwarp();\n    const int row", "    const int row",
+        "wide.cu", "operand, int) {\n    full[slot].wait(phase);\n    __syncwarp();\n", "operand, int) {\n",
     ),
     "a slot is filled while it is read": ("wide.cu", "      free[slot].wait(phase ^ 1);\n", ""),
     "a slot is free before its products have ended": ("wide.cu", "wait_for_products<1>();  // those", "//"),
     "a tile's products are not waited for": (
-        "wide.cu", "    wait_for_products<0>();\n    sums_are_there(sums);\n    release", "    release",
+        "wide.cu", "      wait_for_products<0>();\n      sums_are_there(sums);\n      release", "      release",
     ),
     "tables of many rows are read early": (
         "wide.cu", "  meet_consumers<CONSUMERS>();\n  if (lane == 0) tables", "  if (lane == 0) tables",

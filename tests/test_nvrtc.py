@@ -32,7 +32,7 @@ def test_a_kernel_is_compiled_once_and_kept(compiled, tmp_path):
     code = machine_code("decode.cu", DEFINES, "90a")
     assert machine_code("decode.cu", DEFINES, "90a") == code == b"machine code 1"
     source, options = compiled[0]
-    assert options[1:] == ("-arch=sm_90a", "-DBF16=1", "-DBITS=4")
+    assert options == ("-std=c++17", "-default-device", "-arch=sm_90a", "-DBF16=1", "-DBITS=4")
     assert "decode(" in source
     assert "multiply_add(" in source  # common.cuh is in front of it
     assert [p.read_bytes() for p in (tmp_path / "deep" / "cache").iterdir()] == [code]  # and no temporary file

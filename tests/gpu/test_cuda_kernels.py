@@ -105,7 +105,7 @@ def test_many_rows(spec):
             assert torch.equal(served(x, q, bias), out)
 
 
-@pytest.mark.parametrize("columns", [0, 6, 200])
+@pytest.mark.parametrize("columns", [0, 6, 16, 200])
 @pytest.mark.parametrize("rows", [33, 60, 128, 300, 2048])
 def test_rows_of_x_in_8_bits(rows, columns):
     for n, k in ((300, 1040), (4096, 4096)):

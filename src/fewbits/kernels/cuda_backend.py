@@ -6,8 +6,8 @@ next backend, by returning ``NotImplemented``. Layouts are those of :mod:`fewbit
 4 bits: up to 64 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and
 the output is rounded once; with more rows it is the weight that is rounded, and from some point on torch multiplies.
 8 bits: up to 16 rows, or 32 with a weight that the cache holds, the weight alone is quantized; with more, x is as well
-(LLM.int8(), where its threshold is above 0), products and sums are exact, and the output is rounded once. The same
-inputs give the same bits every time.
+(LLM.int8(), where its threshold is above 0), products and sums are exact, and the output is rounded once; unless
+more than 16 columns have outliers: then the weight alone is again. The same inputs give the same bits every time.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _SKINNY_ARGUMENTS = "9Pq4i2P"
 _SKINNY_ROWS = 64  # of x, at most: with more, scales in fp32 outside the matrix units take too long
 _WIDE_MOST_ROWS = 1024  # of x with 4 bits, above which it pays to dequantize (measured on an H200)
 _WIDE_THREADS = 384
+_MOST_OUTLIERS = 16  # columns of x that have any, up to which the others are multiplied in 8 bits (measured)
 _WIDE_ROWS = 128  # of the weight, in a tile
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -343,7 +344,9 @@ def _wide(
     )  # fmt: skip
     if bits == 4:
         defines = *defines, ("FORMAT_BLOCK", block_size), ("NESTED", int(nested))
-    arguments = "128s128s9Pq4i2P" if bits == 4 else "128s128s9Pq4i2P3Pq"
+    else:
+        defines = *defines, ("MOST_OUTLIERS", _MOST_OUTLIERS)
+    arguments = "128s128s9Pq4i2P" if bits == 4 else "128s128s128s9Pq4i2P3Pq"
     kernel = _made("wide.cu", defines, device, arguments, _WIDE_THREADS, fixed + stages * slot + 1024)
     tiles = -(-rows // tile_m) * -(-n // _WIDE_ROWS)
     return None if kernel is None else _Wide(kernel, tile_m, _blocks(processors, tiles, k), tiles)
@@ -522,6 +525,7 @@ def _linear_of_quantized(
     maps = (
         nvrtc.tensor_map(codes.data_ptr(), 1, rows, k, k, wide.tile_m, 128),
         nvrtc.tensor_map(q.data_ptr(), 1, n, k, k, _WIDE_ROWS, 128),
+        nvrtc.tensor_map(x_MK.data_ptr(), 2, rows, k, x_MK.stride(0) * 2, wide.tile_m, 64),
     )
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
     return _run(wide.kernel, wide.blocks, 1, codes, out, q, absmax, (0, 0, 0, 0), bias, n, k, more, maps)

@@ -139,7 +139,8 @@ def machine_code(file: str, defines: tuple[tuple[str, int], ...], architecture: 
     """
     source = source_of(file)
     macros = (f"-D{name}={value}" for name, value in defines)
-    options = ("-std=c++17", f"-arch=sm_{architecture}", *macros)
+    # generic lambdas are host code by default
+    options = ("-std=c++17", "-default-device", f"-arch=sm_{architecture}", *macros)
     known = hashlib.sha256("\0".join((source, *options, str(torch.version.cuda))).encode()).hexdigest()[:32]
     path = cache_folder() / f"{Path(file).stem}-{known}.cubin"
     if not fresh:

@@ -48,6 +48,12 @@ DEVICE u32 pair_of_two(float low, float high) {
   return out;
 }
 
+DEVICE u32 difference_of_pairs(u32 left, u32 right) {
+  u32 out;
+  asm("sub.rn." PAIR_TYPE " %0, %1, %2;" : "=r"(out) : "r"(left), "r"(right));
+  return out;
+}
+
 #endif
 
 // A bias is of x's dtype or fp32: 2 or 4 bytes an element; 0 says that there is none.
@@ -161,4 +167,18 @@ DEVICE void fill_pair_table(u8* table, const u32* pairs) {
 template <int BYTE>
 DEVICE u32 pair_of(const u8* table, u32 word, u32 lane4) {
   return *(const u32*)(table + __byte_perm(word, lane4, 0x5504 | BYTE << 4));
+}
+
+// two of a word's four signed bytes, the first two or the last two: exact in either dtype
+template <int HALF>
+DEVICE u32 pair_of_bytes(u32 word) {
+#if BF16
+  // 0x43 and a byte are 128 + its low 7 bits, or 128 and 256 where only the sign bit is left
+  const u32 biased = __byte_perm(word, 0x43434343, HALF ? 0x4342 : 0x4140);
+  return difference_of_pairs(biased & 0xFF7FFF7F, biased & 0xFF80FF80);
+#else
+  // 0x64 and a byte without sign are 1024 + the byte
+  const u32 biased = __byte_perm(word ^ 0x80808080, 0x64646464, HALF ? 0x4342 : 0x4140);
+  return difference_of_pairs(biased, 0x64806480);
+#endif
 }

@@ -87,30 +87,6 @@ DEVICE void load_x(Operands& to, const Arguments& a, int chunk, int lane) {
 
 #if BITS == 8
 
-#ifndef EMULATED
-
-DEVICE u32 difference_of_pairs(u32 left, u32 right) {
-  u32 out;
-  asm("sub.rn." PAIR_TYPE " %0, %1, %2;" : "=r"(out) : "r"(left), "r"(right));
-  return out;
-}
-
-#endif
-
-// two of a word's four signed bytes, the first two or the last two: exact in either dtype
-template <int HALF>
-DEVICE u32 pair_of_bytes(u32 word) {
-#if BF16
-  // 0x43 and a byte are 128 + its low 7 bits, or 128 and 256 where only the sign bit is left
-  const u32 biased = __byte_perm(word, 0x43434343, HALF ? 0x4342 : 0x4140);
-  return difference_of_pairs(biased & 0xFF7FFF7F, biased & 0xFF80FF80);
-#else
-  // 0x64 and a byte without sign are 1024 + the byte
-  const u32 biased = __byte_perm(word ^ 0x80808080, 0x64646464, HALF ? 0x4342 : 0x4140);
-  return difference_of_pairs(biased, 0x64806480);
-#endif
-}
-
 // codes: of a slot, at the lane's row g and columns
 DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes) {
   const Codes upper = *(const Codes*)codes, lower = *(const Codes*)(codes + 512);

@@ -225,6 +225,8 @@ DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_
 
 DEVICE float as_float(float value) { return value; }
 DEVICE float as_float(int bits) { return __uint_as_float((u32)bits); }
+DEVICE void set_float(float& to, float value) { to = value; }
+DEVICE void set_float(int& to, float value) { to = (int)__float_as_uint(value); }
 
 // A warp's sums, 16 rows of the weight from `row` on by m rows of x, to out[m, n].
 template <int SUMS, typename Sum>

@@ -11,27 +11,30 @@
 // the warp decodes those of the next. What limits this is shared memory: the matrix units take half of its bandwidth.
 //
 // 8 bits: x is there in 8 bits as well, with a scale for each row (quantize_rows.cu), and sums are of integers. In
-// columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype.
+// columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype. Where more than
+// MOST_OUTLIERS columns have any, x is taken as it was instead, and the weight's codes are widened as 4 bits are decoded.
 //
 // The tiles stand in an order in which blocks that run at the same time share rows of x and of the weight in the
 // second-level cache. The last ones are shared by blocks (see all_added in hopper.cuh), so that none is idle.
 //
 // Compiled for: BF16, BITS, TILE_M (64, 128 or 256 rows of x), STAGES (slots), and for 4 bits FORMAT_BLOCK (elements of
-// a quantization block, 64 or more) and NESTED (double quantization). The grid: blocks, no more than there are chunks of tiles.
+// a quantization block, 64 or more) and NESTED (double quantization), for 8 bits MOST_OUTLIERS (16 at most). The grid:
+// blocks, no more than there are chunks of tiles.
 
 #include "hopper.cuh"
 
 #if BITS == 4
-typedef float Sum;
 typedef u16 Number;
 #else
-typedef int Sum;
 typedef u8 Number;
 #endif
 
 struct Arguments {
   Map x_map;                // of x [M, K], 16-bit numbers or 8-bit codes; boxes: TILE_M rows by 128 bytes
   Map weight_map;           // of packed, in bytes; boxes: ROWS by 32, or by 128
+#if BITS == 8
+  Map exact_map;            // of exact; boxes: TILE_M rows by 64 columns
+#endif
   const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
   const void* scales;       // 4 bits: [N, K / FORMAT_BLOCK] fp32, or codes in 8 bits; 8 bits: [N] fp32
   const float* nested;      // scale of each 256 of those
@@ -57,14 +60,24 @@ constexpr int CONSUMERS = 256, ROWS = 128, PRODUCERS = 128, THREADS = CONSUMERS 
 constexpr int X_BYTES = TILE_M * 128;                       // of a slot: 128 bytes of each row
 constexpr int ROW_BYTES = BITS == 4 ? 32 : 128;             // of a row of the weight, in a slot
 constexpr int CODE_BYTES = ROWS * ROW_BYTES, SCALE_BYTES = BITS == 4 ? ROWS * 4 : 0;
-constexpr int SLOTS_OF_CHUNK = BITS == 4 ? 2 : 1;           // a chunk: 128 columns
 constexpr int SUMS = TILE_M / 2;                            // of a thread: 64 rows by TILE_M over 128 threads
 constexpr int TABLE_BYTES = BITS == 4 ? 65536 : 0;          // a Pair for each byte and lane, 256 bytes apart
 constexpr int DYNAMIC_BYTES = BITS == 4 ? 1024 : 0;
 constexpr int EXACT_BYTES = BITS == 8 ? X_BYTES : 0;        // columns of outliers of x
 constexpr int GROUP = 1024 / TILE_M;                        // tiles of x that blocks work on at a time
+
+// How a chunk of 128 columns is multiplied: at one go as integers, or in two halves with the weight as 16-bit numbers.
+struct Integers {
+  typedef int Sum;
+  static constexpr int SLOTS = 1;
+};
+struct Decoded {
+  typedef float Sum;
+  static constexpr int SLOTS = 2;
+};
+typedef u32 Operand[4][4];  // of 64 columns of the weight
+
 #if BITS == 4
-typedef u32 Operand[4][4];  // of 64 columns
 
 // a scale as it is stored
 struct RawScale {
@@ -167,13 +180,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     give_registers<40>();
     const int own = thread - CONSUMERS;  // a row of the weight
     if (BITS == 8 && own > 0) return;
-    const int slots = all_chunks * SLOTS_OF_CHUNK;
+    wait_for_previous_kernel();
+#if BITS == 8
+    const bool integers = a.outliers[0] <= MOST_OUTLIERS;
+    const Map& x_map = integers ? a.x_map : a.exact_map;
+#else
+    const bool integers = false;
+    const Map& x_map = a.x_map;
+#endif
+    const int slots_of_chunk = integers ? Integers::SLOTS : Decoded::SLOTS, slots = all_chunks * slots_of_chunk;
     int half = 0, index = 0;
     Part part = part_of(0);
     Place place = place_of(part.tile);
-    auto column = [&] { return part.begin * 128 + half * 64; };  // half is 0 with 8 bits
+    auto column = [&] { return part.begin * 128 + half * 64; };
     auto go_on = [&] {
-      half = (half + 1) % SLOTS_OF_CHUNK;
+      if (++half == slots_of_chunk) half = 0;
       if (half == 0 && ++part.begin == part.end && ++index < parts) {
         part = part_of(index);
         place = place_of(part.tile);
@@ -183,13 +204,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       free[slot].wait(phase ^ 1);
       if (own == 0) {
         full[slot].arrive_and_expect(X_BYTES + CODE_BYTES);
-        copy_box(x_address(slot), a.x_map, column(), place.x_row, full[slot]);
-        copy_box(x_address(slot) + X_BYTES, a.weight_map, BITS == 4 ? column() / 2 : column(), place.weight_row, full[slot]);
+        copy_box(x_address(slot), x_map, column(), place.x_row, full[slot]);
+        // 8 bits: of both halves, so that slots are alike
+        const int code_column = BITS == 4 ? column() / 2 : part.begin * 128;
+        copy_box(x_address(slot) + X_BYTES, a.weight_map, code_column, place.weight_row, full[slot]);
       }
       go_on();
     };
 #if BITS == 8
-    wait_for_previous_kernel();
     for (int i = 0; i < slots; i++) {
       wait_and_copy();
       advance();
@@ -211,7 +233,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       __syncwarp();
       if (lane == 0) full[raw_slot].arrive();
     };
-    wait_for_previous_kernel();
     for (int i = 0; i < slots; i++) {
       const int row = place.weight_row + own, at = column();
       wait_and_copy();
@@ -229,8 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   // ------------------------------------------------------------------------------------------ multiplying
   take_registers<232>();
   wait_for_previous_kernel();
-  const int g = lane >> 2, t = lane & 3;
-  Sum sums[SUMS];
+  const int g = lane >> 2, t = lane & 3, row_of_tile = warp * 16 + g;
   auto release = [&](int slot) {
     if (lane == 0) free[slot].arrive();
   };
@@ -249,14 +269,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   // Of the 8 bytes of 16 columns of a row, bytes t and t + 4 belong to a thread. It reads all, as do the three
   // neighbours that have the others, and takes its own byte of each word.
   const u32 own_place = kept(lane * sizeof(Pair)), own_byte = kept(0x5504 | t << 4);
-  auto decode = [&](Operand& operand) {
+  auto decode = [&](Operand& operand, int) {
     full[slot].wait(phase);
     __syncwarp();
-    const int row = warp * 16 + g;
-    const u8* codes = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row * 32;
+    const u8* codes = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row_of_tile * 32;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float scale = slot_scales[slot * ROWS + row + r * 8];
+      const float scale = slot_scales[slot * ROWS + row_of_tile + r * 8];
 #pragma unroll
       for (int p = 0; p < 2; p++) {
         const uint4 words = *(const uint4*)(codes + r * 256 + p * 16);
@@ -269,125 +288,140 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       }
     }
   };
-  Operand operands[2];  // of the slot in work, and of the next one
-  decode(operands[0]);
-#endif
-#if BITS == 8
-  // columns with outliers, 64 at a time: mostly there are no more
-  const int outliers = a.outliers[0];
-  auto list = [&](int base) {
-    if (thread < 64) listed[thread] = base + thread < outliers ? a.outliers[1 + base + thread] : 0;
-    meet_consumers<CONSUMERS>();
-  };
-  list(0);
-#endif
-  int before = 0;  // the slot whose products may still be under way
-  for (int index = 0; index < parts; index++) {
-    const Part part = part_of(index);
-    const Place place = place_of(part.tile);
-#pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] = 0;
-#pragma unroll 1
-    for (int chunk = part.begin; chunk < part.end; chunk++) {
-#pragma unroll
-      for (int half = 0; half < SLOTS_OF_CHUNK; half++) {
-        const int now = slot;
-#if BITS == 8
-        full[slot].wait(phase);
-        __syncwarp();
-#endif
-        advance();
-        const u64 x = second_operand(x_address(now));
-        begin_products();
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-#if BITS == 4
-          multiply_16(sums, operands[half][s], x + s * (32 >> 4), 1);
 #else
-          const u64 weight = second_operand(x_address(now) + X_BYTES + warp / 4 * 64 * 128);
-          multiply_32(sums, weight + s * (32 >> 4), x + s * (32 >> 4), 1);
-#endif
-        }
-        commit_products();
-        wait_for_products<1>();  // those of the slot before: it is free, and so is their operand
-        if (half > 0 || chunk > part.begin) release(before);
-        before = now;
-#if BITS == 4
-        if (half == 0 || chunk + 1 < part.end || index + 1 < parts) decode(operands[half ^ 1]);
-#endif
+  const int outliers = a.outliers[0];  // columns that have any
+  if (outliers <= MOST_OUTLIERS) {
+    if (thread < 16) listed[thread] = thread < outliers ? a.outliers[1 + thread] : 0;
+    meet_consumers<CONSUMERS>();
+  }
+
+  // The pieces of 16 columns of 8 rows lie as second_operand says: a thread finds two neighbours, and those 8 further.
+  auto decode = [&](Operand& operand, int half) {
+    full[slot].wait(phase);
+    __syncwarp();
+    const u8* codes = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row_of_tile * 128 + t * 2;
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const u8* piece = codes + ((half * 4 + s) ^ g) * 16;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const u32 word = *(const u16*)(piece + r * 1024) | (u32)*(const u16*)(piece + r * 1024 + 8) << 16;
+        operand[s][r] = pair_of_bytes<0>(word);
+        operand[s][2 + r] = pair_of_bytes<1>(word);
       }
     }
+  };
+#endif
+
+#if BITS == 8
+  // What x lost in columns with outliers, times the weight's codes, is added to sums of so many rows of x.
+  auto add_outliers = [&](int(&sums)[SUMS], int x_row, int m, int row) {
+    u32 operand[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const signed char* from = (const signed char*)a.packed + (long long)min(row + g + i % 2 * 8, a.n - 1) * a.k;
+      const int j = t * 2 + i / 2 * 8;
+      operand[i] = pair_of_two(from[listed[j]], from[listed[j + 1]]);
+    }
+    if (thread < TILE_M) {
+      const long long at = x_row + min(thread, m - 1);
+      const float scale = a.x_scales[at];
+      auto lost = [&](int j) {  // past the last column: nothing
+        const int code = (signed char)a.x[at * a.x_stride + listed[j]];
+        return j < outliers ? widened(a.exact[at * a.exact_stride + listed[j]]) - code * scale : 0.0f;
+      };
+#pragma unroll
+      for (int piece = 0; piece < 2; piece++) {
+        u32 pair[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) pair[i] = pair_of_two(lost(piece * 8 + i * 2), lost(piece * 8 + i * 2 + 1));
+        store_for_matrix_units(shared_address(exact) + thread * 128 + ((piece ^ thread) & 7) * 16,
+                               make_uint4(pair[0], pair[1], pair[2], pair[3]));
+      }
+    }
+    show_matrix_units();
+    meet_consumers<CONSUMERS>();
+    begin_products();
+    multiply_16(sums, operand, second_operand(shared_address(exact)), 1);
+    commit_products();
     wait_for_products<0>();
     sums_are_there(sums);
-    release(before);
+    meet_consumers<CONSUMERS>();  // before another tile's come
+  };
+#endif
 
-    const int in_line = (part.tile - line_first) * chunks;
-    const u32 first = index < whole ? blockIdx.x : stretch_of(line, in_line, blocks);
-    const u32 last = index < whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
-    if (all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last, thread)) {
-      const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
-      u16* out = a.out + (long long)place.x_row * a.n;
-#if BITS == 4
-      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes, g, t);
-#else
-      // from here on the bits of fp32
+  auto multiply = [&](auto kind) {
+    typedef decltype(kind) Kind;
+    constexpr bool DECODED = Kind::SLOTS == Decoded::SLOTS;
+    typename Kind::Sum sums[SUMS];
+    Operand operands[2];  // of the slot in work, and of the next one
+    if constexpr (DECODED) decode(operands[0], 0);
+    int before = 0;  // the slot whose products may still be under way
+    for (int index = 0; index < parts; index++) {
+      const Part part = part_of(index);
+      const Place place = place_of(part.tile);
 #pragma unroll
-      for (int c = 0; c < SUMS / 4; c++) {
-        const float2 scale = *(const float2*)(a.x_scales + place.x_row + c * 8 + t * 2);
+      for (int i = 0; i < SUMS; i++) sums[i] = 0;
+#pragma unroll 1
+      for (int chunk = part.begin; chunk < part.end; chunk++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          sums[c * 4 + i] = (int)__float_as_uint((float)sums[c * 4 + i] * (i % 2 ? scale.y : scale.x));
-      }
-      for (int base = 0; base < outliers; base += 64) {
-        if (outliers > 64) {
-          meet_consumers<CONSUMERS>();
-          list(base);
-        }
-        const int some = min(outliers - base, 64), steps = (some + 15) / 16;  // of 16 columns
-        auto codes_at = [&](u32(&operand)[4], int step) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const signed char* from = (const signed char*)a.packed + (long long)min(row + g + i % 2 * 8, a.n - 1) * a.k;
-            const int j = step * 16 + t * 2 + i / 2 * 8;
-            operand[i] = pair_of_two(from[listed[j]], from[listed[j + 1]]);
+        for (int half = 0; half < Kind::SLOTS; half++) {
+          const int now = slot;
+          if constexpr (!DECODED) {
+            full[slot].wait(phase);
+            __syncwarp();
           }
-        };
-        u32 operand[4];
-        codes_at(operand, 0);
-        if (thread < TILE_M) {
-          const long long at = place.x_row + min(thread, m - 1);
-          const float scale = a.x_scales[at];
-          auto lost = [&](int j) {  // past the last column: nothing
-            const int code = (signed char)a.x[at * a.x_stride + listed[j]];
-            return j < some ? widened(a.exact[at * a.exact_stride + listed[j]]) - code * scale : 0.0f;
-          };
-          for (int piece = 0; piece < steps * 2; piece++) {
-            u32 pair[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) pair[i] = pair_of_two(lost(piece * 8 + i * 2), lost(piece * 8 + i * 2 + 1));
-            store_for_matrix_units(shared_address(exact) + thread * 128 + ((piece ^ thread) & 7) * 16,
-                                   make_uint4(pair[0], pair[1], pair[2], pair[3]));
-          }
-        }
-        show_matrix_units();
-        meet_consumers<CONSUMERS>();
-        for (int s = 0; s < steps; s++) {
-          if (s > 0) codes_at(operand, s);
+          advance();
+          const u64 x = second_operand(x_address(now));
           begin_products();
-          multiply_16(sums, operand, second_operand(shared_address(exact)) + s * (32 >> 4), 1);
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            if constexpr (DECODED) {
+              multiply_16(sums, operands[half][s], x + s * (32 >> 4), 1);
+            } else {
+              const u64 weight = second_operand(x_address(now) + X_BYTES + warp / 4 * 64 * 128);
+              multiply_32(sums, weight + s * (32 >> 4), x + s * (32 >> 4), 1);
+            }
+          }
           commit_products();
-          wait_for_products<0>();
-          sums_are_there(sums);
+          wait_for_products<1>();  // those of the slot before: it is free, and so is their operand
+          if (half > 0 || chunk > part.begin) release(before);
+          before = now;
+          if constexpr (DECODED)
+            if (half == 0 || chunk + 1 < part.end || index + 1 < parts) decode(operands[half ^ 1], half ^ 1);
         }
-        meet_consumers<CONSUMERS>();  // before other columns come
+      }
+      wait_for_products<0>();
+      sums_are_there(sums);
+      release(before);
+
+      const int in_line = (part.tile - line_first) * chunks;
+      const u32 first = index < whole ? blockIdx.x : stretch_of(line, in_line, blocks);
+      const u32 last = index < whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
+      if (!all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last, thread)) continue;
+      const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
+#if BITS == 8
+      if constexpr (!DECODED) {  // from here on the bits of fp32
+#pragma unroll
+        for (int c = 0; c < SUMS / 4; c++) {
+          const float2 scale = *(const float2*)(a.x_scales + place.x_row + c * 8 + t * 2);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            set_float(sums[c * 4 + i], (float)sums[c * 4 + i] * (i % 2 ? scale.y : scale.x));
+        }
+        if (outliers > 0) add_outliers(sums, place.x_row, m, row);
       }
       const float* scales = (const float*)a.scales;
       const float scale0 = scales[min(row + g, a.n - 1)] * (1.0f / 127);
       const float scale1 = scales[min(row + g + 8, a.n - 1)] * (1.0f / 127);
 #pragma unroll
-      for (int i = 0; i < SUMS; i++) sums[i] = (int)__float_as_uint(as_float(sums[i]) * (i & 2 ? scale1 : scale0));
-      write_sums(sums, out, m, a.n, row, a.bias, a.bias_bytes, g, t);
+      for (int i = 0; i < SUMS; i++) set_float(sums[i], as_float(sums[i]) * (i & 2 ? scale1 : scale0));
 #endif
+      write_sums(sums, a.out + (long long)place.x_row * a.n, m, a.n, row, a.bias, a.bias_bytes, g, t);
     }
-  }
+  };
+#if BITS == 8
+  if (outliers <= MOST_OUTLIERS) return multiply(Integers());
+#endif
+  multiply(Decoded());
 }
