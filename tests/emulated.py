@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from fewbits.kernels import cuda_backend, nvrtc
+from fewbits.kernels import cuda_backend, cuda_plans, nvrtc, ways
 
 HEADER = Path(__file__).parent / "emulator" / "cuda.h"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -100,15 +100,17 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(nvrtc, "has_tensor_maps", lambda: True)
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "capture_id", lambda stream: 0)
-    monkeypatch.setattr(cuda_backend, "_limits", lambda device: limits)
-    monkeypatch.setattr(cuda_backend, "_cache_bytes", lambda device: 0)  # x in 8 bits from 17 rows on
-    monkeypatch.setattr(cuda_backend, "_counters", {})
+    monkeypatch.setattr(cuda_plans, "limits", lambda device: limits)
+    monkeypatch.setattr(cuda_plans, "cache_bytes", lambda device: 0)  # x in 8 bits from 17 rows on
+    monkeypatch.setattr(cuda_plans, "_counters", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Emulated")
+    monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path_factory.mktemp("cache")))  # nothing is tuned there
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     caches = (
-        cuda_backend._made, cuda_backend._decode, cuda_backend._skinny, cuda_backend._wide, cuda_backend._dequantizer,
-        cuda_backend._values,
+        cuda_plans.made, cuda_plans.decode, cuda_plans.skinny, cuda_plans.wide, cuda_plans.dequantizer,
+        cuda_plans.values, ways._steps, ways._tuned,
     )  # fmt: skip
     for cache in caches:
         cache.cache_clear()

@@ -29,18 +29,19 @@ def in_8_bits(x, threshold):
     return torch.where(outlier.any(0), wide.double(), rounded)
 
 
-def check(out, x, q, bias):
+def check(out, x, q, bias, weight_rounded=None, x_in_8_bits=None):
     """Within what rounding each code's value and the result to the dtype may add, and fp32 sums over K terms.
 
     From 129 rows on weights in 4 bits are rounded, and torch may multiply, which may round the sums of parts of a row,
-    and rounds the bias. From 33 rows on x is in 8 bits where the weight is (from 17 on, if that is a large one).
+    and rounds the bias. From 33 rows on x is in 8 bits where the weight is (from 17 on, if that is a large one). A
+    caller who knows better says so.
     """
     w, wide = values(q), x.double().reshape(-1, x.shape[-1])
-    if q.spec.format == "int8" and len(wide) > 32:
+    if q.spec.format == "int8" and (len(wide) > 32 if x_in_8_bits is None else x_in_8_bits):
         wide = in_8_bits(x.reshape(wide.shape), q.spec.threshold)
     exact, size = wide @ w.t(), wide.abs() @ w.abs().t()
     unit = UNIT[x.dtype]
-    roundings = 1 if len(wide) <= 128 else 3
+    roundings = 3 if (len(wide) > 128 if weight_rounded is None else weight_rounded) else 1
     if bias is not None:
         exact = exact + bias.double()
         size = size + bias.double().abs()

@@ -15,8 +15,9 @@ from products import UNIT, check, values
 
 from fewbits import kernels
 from fewbits.formats import QuantSpec
-from fewbits.kernels import nvrtc
+from fewbits.kernels import cuda_plans, nvrtc
 from fewbits.kernels.codebooks import codebook, decision_rule
+from fewbits.kernels.ways import use_way
 from fewbits.tensor import QuantTensor
 
 __all__ = ["cuda", "limits"]  # fixtures
@@ -40,6 +41,13 @@ def product(cuda, x, q, bias=None):
         return cuda.linear_int8(x, q.packed, q.absmax, bias, q.spec.threshold)
     state = q.packed, q.absmax, q.nested_absmax, q.nested_offset
     return cuda.linear_4bit(x, *state, bias, q.spec.format, q.spec.block_size, list(q.shape))
+
+
+def embedding(cuda, ids, q, dtype):
+    if q.spec.format == "int8":
+        return cuda.embedding_int8(ids, q.packed, q.absmax, dtype)
+    state = q.packed, q.absmax, q.nested_absmax, q.nested_offset
+    return cuda.embedding_4bit(ids, *state, q.spec.format, q.spec.block_size, list(q.shape), dtype)
 
 
 def check_product(cuda, file, spec, rows, n, k, dtype, bias_dtype=None):
@@ -126,7 +134,7 @@ def test_what_is_not_served(cuda):
 )
 def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
     check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
-    for counters in cuda._counters.values():
+    for counters in cuda_plans._counters.values():
         assert not counters.any()  # zeros for the next launch
 
 
@@ -147,7 +155,7 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
 )
 def test_hundreds_of_rows(cuda, spec, rows, n, k, dtype, bias):
     check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
-    for counters in cuda._counters.values():
+    for counters in cuda_plans._counters.values():
         assert not counters.any()
 
 
@@ -172,7 +180,7 @@ def test_rows_of_x_in_8_bits(cuda, rows, n, k, dtype, columns):
     check(out, x, q, bias)
     for _ in range(2):
         assert torch.equal(product(cuda, x, q, bias), out)
-    for counters in cuda._counters.values():
+    for counters in cuda_plans._counters.values():
         assert not counters.any()
     x[5, 7] = torch.nan
     again = product(cuda, x, q, bias)
@@ -187,9 +195,9 @@ def test_rows_of_x_in_8_bits(cuda, rows, n, k, dtype, columns):
 def test_many_rows_and_a_weight_in_pieces(cuda, spec, monkeypatch):
     from fewbits.kernels import pieces
 
-    monkeypatch.setattr(cuda, "_WIDE_MOST_ROWS", 128)
     monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 150 * 256 * 2)
-    check_product(cuda, "dequantize_4bit.cu", spec, 150, 300, 256, BF16, torch.float32)
+    with use_way("dequantize"):
+        check_product(cuda, "dequantize_4bit.cu", spec, 150, 300, 256, BF16, torch.float32)
     q, g = quantized(spec, 300, 256), torch.randn(3, 300, dtype=BF16)
     w, state = values(q), (q.packed, q.absmax, q.nested_absmax, q.nested_offset)
     back = cuda.linear_4bit_t(g, *state, spec.format, spec.block_size, [300, 256])
@@ -209,6 +217,25 @@ def test_dequantized(cuda, spec, dtype):
         with kernels.use_backend("reference"):
             expected = kernels.ops.dequantize_4bit(*args)
         assert torch.equal(cuda.dequantize_4bit(*args), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    "spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32), QuantSpec("nf4", 256), QuantSpec("int8")], ids=str
+)
+def test_rows_of_an_embedding(cuda, spec, dtype):
+    for n, k in ((5, 8), (33, 200), (700, 64)):  # rows that share blocks, and a second scale of scales
+        q, ids = QuantTensor.quantize(torch.randn(n, k), spec), torch.randint(n, (3, 7))
+        with kernels.use_backend("reference"):
+            expected = torch.nn.functional.embedding(ids, q.relabelled(dtype).dequantize())
+        for which in (ids, ids.int(), ids.t(), ids[0, 0]):
+            rows = expected if which is ids or which.dtype is torch.int32 else expected.transpose(0, 1)
+            rows = expected[0, 0] if which.dim() == 0 else rows
+            assert torch.equal(embedding(cuda, which, q, dtype), rows)
+        with pytest.raises(EmulatorError, match="stopped with an error"):
+            embedding(cuda, torch.tensor([0, n]), q, dtype)
+        with pytest.raises(EmulatorError, match="stopped with an error"):
+            embedding(cuda, torch.tensor([-1]), q, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "block"), [(torch.float32, 64), (FP16, 32), (BF16, 128), (BF16, 256)], ids=str)
@@ -266,7 +293,7 @@ MUTATIONS = {
     "sums are overwritten": ("decode.cu", "    added[index & 1].wait(index >> 1 & 1 ^ 1);\n", ""),
     "x is read too early": ("decode.cu", "  wait_for_previous_kernel();\n", ""),
     "tables are read before they are there": (
-        "decode.cu", "a.pairs);\n#endif\n  __syncthreads();", "a.pairs);\n#endif",
+        "decode.cu", "own_pairs);\n#endif\n  __syncthreads();", "own_pairs);\n#endif",
     ),
     "codes are not aligned": ("decode.cu", "u8* own_codes = ring + g * 64;", "u8* own_codes = ring + g * 64 + 4;"),
     "a barrier of too many": ("decode.cu", "summed[b].init(WARPS)", "summed[b].init(WARPS + 1)"),

@@ -95,7 +95,7 @@ def test_without_nvrtc_it_is_said(monkeypatch, tmp_path):
 
 
 def test_a_kernel_that_cannot_be_made_is_tried_and_told_once(monkeypatch):
-    from fewbits.kernels import cuda_backend
+    from fewbits.kernels import cuda_plans
 
     tried = []
 
@@ -104,13 +104,13 @@ def test_a_kernel_that_cannot_be_made_is_tried_and_told_once(monkeypatch):
         raise CudaError("no such architecture")
 
     monkeypatch.setattr(nvrtc, "kernel", refused)
-    cuda_backend._made.cache_clear()
+    cuda_plans.made.cache_clear()
     try:
         with pytest.warns(FewbitsWarning, match="no such architecture") as told:
-            assert [cuda_backend._made("decode.cu", DEFINES, 0, "P", 32, 0) for _ in range(3)] == [None] * 3
+            assert [cuda_plans.made("decode.cu", DEFINES, 0, "P", 32, 0) for _ in range(3)] == [None] * 3
         assert len(tried) == len(told) == 1
     finally:
-        cuda_backend._made.cache_clear()
+        cuda_plans.made.cache_clear()
 
 
 def test_importing_loads_no_backend():

@@ -1,4 +1,4 @@
-"""The command line: ``plan``, ``quantize``, ``inspect`` and ``generate``. Everything it does, the library does."""
+"""The command line: ``plan``, ``quantize``, ``inspect``, ``generate``, ``bench``. The library does it all."""
 
 from __future__ import annotations
 
@@ -163,6 +163,64 @@ def generate(
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
         written = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         console.print(tokenizer.decode(written[0], skip_special_tokens=True), markup=False, highlight=False)
+
+
+@app.command()
+def bench(
+    source: Annotated[str | None, typer.Argument(help="A folder or file with the config.json of a model.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Of a weight, such as 4096x14336; may be repeated.")] = None,
+    format: Annotated[FormatName, typer.Option(help="How weights are stored.")] = FormatName.nf4,
+    double_quant: Annotated[bool, typer.Option(help="Quantize the scales as well (4-bit).")] = False,
+    rows: Annotated[str, typer.Option(help="Of the input, with commas.")] = "1,4,16,64,256,1024,4096",
+    device: Annotated[
+        str, typer.Option(help='"cpu", "cuda:0", …; by default the first GPU, if there is one.')
+    ] = "auto",
+    tune: Annotated[bool, typer.Option(help="Keep the fastest way for each shape, on a GPU.")] = False,
+) -> None:
+    """Time linear layers, the model's or of given shapes, beside torch's own in bf16."""
+    import torch
+
+    from fewbits import bench as benching
+    from fewbits.formats import QuantSpec
+
+    with _said_plainly():
+        given = [_sizes(text, "x", "shape") for text in shape or ()]
+        shapes = [(sizes[0], sizes[-1]) for sizes in given if len(sizes) == 2]
+        if source is not None:
+            from fewbits.hf import build_empty, read_config
+
+            shapes += benching.linear_shapes(build_empty(read_config(Path(source)), Path(source)))
+        if not shapes or any(len(sizes) != 2 for sizes in given):
+            raise ConfigError("there is no shape to time", expected="a model's folder, or --shape 4096x14336")
+        counts = _sizes(rows, ",", "rows")
+        where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        spec = QuantSpec(format.value, double_quant=double_quant)
+        timings = benching.bench(shapes, spec, counts, device=where)
+        ways = list(dict.fromkeys(way for timing in timings for way in timing.by_way))
+        table = Table("weight", "rows", "bf16, µs", "fewbits, µs", "× bf16", *ways)
+        for timing in timings:
+            by_way = (
+                f"{timing.by_way[way]:.1f}{' *' if way == timing.way else ''}" if way in timing.by_way else ""
+                for way in ways
+            )
+            table.add_row(
+                "×".join(map(str, timing.shape)), str(timing.rows), f"{timing.plain:.1f}", f"{timing.ours:.1f}",
+                f"{timing.plain / timing.ours:.2f}", *by_way,
+            )  # fmt: skip
+        console.print(table)
+        if tune:
+            path = benching.tune(timings, spec, where)
+            console.print("there is but one way here: nothing to tune" if path is None else f"kept in {path}")
+
+
+def _sizes(text: str, separator: str, name: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in text.split(separator)]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"{name} is {text!r}", expected=f"positive numbers with {separator!r} between them")
+    return sizes
 
 
 def main() -> None:

@@ -286,6 +286,7 @@ inline u16 narrowed(float value) { return half_narrowed(value); }
 inline float widened(u16 value) { return half_widened(value); }
 #endif
 
+inline void stop_with_error() { emulated::fail("stopped with an error"); }
 inline float low_of(u32 pair) { return widened((u16)pair); }
 inline float high_of(u32 pair) { return widened((u16)(pair >> 16)); }
 inline u32 pair_of_two(float low, float high) { return narrowed(low) | (u32)narrowed(high) << 16; }

@@ -209,18 +209,50 @@ def test_scales_that_are_all_the_same():
 
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("fp4", 32)], ids=str)
 def test_rows_that_are_many_and_a_weight_in_pieces(spec, monkeypatch):
-    from fewbits.kernels import cuda_backend, pieces
+    from fewbits.kernels import pieces
+    from fewbits.kernels.ways import use_way
 
-    monkeypatch.setattr(cuda_backend, "_WIDE_MOST_ROWS", 128)
     monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 300 * 1024 * 2)
     q = quantized(spec, 1111, 1024)
     for dtype in UNIT:
         x, bias = torch.randn(2, 150, 1024, device="cuda", dtype=dtype), biases(1111, dtype)
-        check(served(x, q, bias), x, q, bias)
+        with use_way("dequantize"):
+            check(served(x, q, bias), x, q, bias)
         g = torch.randn(3, 1111, device="cuda", dtype=dtype)
         w, back = values(q), linear_t(g, q)
         bound = (UNIT[dtype] * 4 + 1111 * 2.0**-23) * (g.double().abs() @ w.abs()) + 1e-6
         assert ((back.double() - g.double() @ w).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rows_of_an_embedding(spec):
+    from fewbits.kernels import cuda_backend
+
+    for n, k in ((5, 8), (3001, 200), (50_000, 1024)):
+        q, ids = quantized(spec, n, k), torch.randint(n, (7, 301), device="cuda")
+        for dtype in (torch.float32, *UNIT):
+            with kernels.use_backend("reference"):
+                expected = torch.nn.functional.embedding(ids, q.relabelled(dtype).dequantize())
+            if spec.format == "int8":
+                out = cuda_backend.embedding_int8(ids, q.packed, q.absmax, dtype)
+            else:
+                state = q.packed, q.absmax, q.nested_absmax, q.nested_offset
+                out = cuda_backend.embedding_4bit(ids, *state, spec.format, spec.block_size, [n, k], dtype)
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("nf4"), QuantSpec("int8")], ids=str)
+def test_an_expert_of_a_stack(spec):
+    """One index of three: what the kernels read begins somewhere within the stack's tensors."""
+    q = QuantTensor.quantize(torch.randn(5, 96, 256, device="cuda"), spec)
+    w = values(q)
+    for expert in (0, 1, 4):
+        for rows in (1, 9, 40, 100):
+            x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+            one = q[expert]
+            assert isinstance(one, QuantTensor)
+            assert torch.equal(values(one), w[expert])
+            check(served(x, one), x, one, None)
 
 
 def test_zero_blocks_and_large_values():
@@ -328,9 +360,9 @@ def test_the_operators_own_tests_with_this_backend():
 
 def test_a_damaged_cache_is_compiled_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
-    from fewbits.kernels import cuda_backend
+    from fewbits.kernels import cuda_plans
 
-    caches = nvrtc.kernel, cuda_backend._made, cuda_backend._decode
+    caches = nvrtc.kernel, cuda_plans.made, cuda_plans.decode
 
     q, x = quantized(QuantSpec("nf4"), 64, 64), torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
     try:

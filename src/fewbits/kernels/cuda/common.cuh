@@ -41,6 +41,9 @@ DEVICE float widened(u16 value) {
   return out;
 }
 
+// The host gets an error, now or at its next call.
+DEVICE void stop_with_error() { asm volatile("trap;"); }
+
 // two neighbours, the first in the low half
 DEVICE u32 pair_of_two(float low, float high) {
   u32 out;
@@ -151,11 +154,28 @@ DEVICE u32 count_up(u32* counter, u32 others) {
 // 256 bytes (of which half are unused): then one byte permutation makes an address of a byte and a lane.
 constexpr int PAIR_TABLE_BYTES = 65536;
 
+// A thread fills halves of entries; what these are it reads first, so that other reads can go on beside.
 template <int THREADS>
-DEVICE void fill_pair_table(u8* table, const u32* pairs) {
-  for (int i = threadIdx.x; i < 512; i += THREADS) {
-    const int entry = i >> 1, half = i & 1;
-    const u32 pair = pairs[entry];
+struct OwnPairs {
+  static constexpr int COUNT = (512 + THREADS - 1) / THREADS;
+  u32 pair[COUNT];
+};
+
+template <int THREADS>
+DEVICE OwnPairs<THREADS> read_pairs(const u32* pairs) {
+  OwnPairs<THREADS> own;
+#pragma unroll
+  for (int j = 0; j < own.COUNT; j++) own.pair[j] = pairs[min((int)threadIdx.x + j * THREADS, 511) >> 1];
+  return own;
+}
+
+template <int THREADS>
+DEVICE void fill_pair_table(u8* table, const OwnPairs<THREADS>& own) {
+#pragma unroll
+  for (int k = 0; k < own.COUNT; k++) {
+    const int i = threadIdx.x + k * THREADS, entry = i >> 1, half = i & 1;
+    if (i >= 512) break;
+    const u32 pair = own.pair[k];
     const uint4 copies = make_uint4(pair, pair, pair, pair);
 #pragma unroll
     for (int j = 0; j < 4; j++)  // neighbours begin at different banks

@@ -14,7 +14,8 @@
 //
 // Compiled for: BF16, BITS (4 or 8), FORMAT_BLOCK (elements of a quantization block), NESTED (double quantization),
 // COLUMN_TILES (8 rows of x each), ROW_TILES, CHUNKS (that a warp takes of a row), STAGES (slots of the ring, at most one
-// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024).
+// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024), X_EARLY (x is read before the
+// tables are filled: it pays where a block has one tile).
 
 struct Arguments {
   const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
@@ -233,25 +234,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   RawScales raw = read_scales(0, 0), following = read_scales(0, 1);
 #endif
 
-  // ------------------------------------------------------------------------------------------ tables, then x
+  // ------------------------------------------------------------------------------------------ x and the tables
   if (thread == 0)
     for (int b = 0; b < 2; b++) summed[b].init(WARPS), added[b].init(WARPS);
 #if BITS == 4
-  if (NESTED && thread < 256) dynamic[thread] = a.dynamic[thread];
-  fill_pair_table<THREADS>(table, a.pairs);
+  const float value = NESTED && thread < 256 ? a.dynamic[thread] : 0.0f;
+  const auto own_pairs = read_pairs<THREADS>(a.pairs);
+#endif
+  Operands x[X_KEPT];
+  auto load_first_x = [&] {
+    wait_for_previous_kernel();
+#pragma unroll
+    for (int i = 0; i < (X_STAYS ? CHUNKS : X_AHEAD); i++) load_x(x[i], a, i * WARPS + warp, lane);
+  };
+  if (X_EARLY) load_first_x();
+#if BITS == 4
+  if (NESTED && thread < 256) dynamic[thread] = value;
+  fill_pair_table<THREADS>(table, own_pairs);
 #endif
   __syncthreads();
 #if BITS == 4
   write_scales(0, raw);
   raw = following;
 #endif
-  wait_for_previous_kernel();
-  Operands x[X_KEPT];
-  if constexpr (X_STAYS) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; i++) load_x(x[i], a, i * WARPS + warp, lane);
-  }
-
+  if (!X_EARLY) load_first_x();
   // ------------------------------------------------------------------------------------------ tile after tile
 #if BITS == 4
   int unit_at[UNITS];
@@ -311,10 +317,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll
       for (int i = 0; i < CHUNKS; i++) take(index, i, x[i]);
     } else {
-      if (X_AHEAD) load_x(x[0], a, warp, lane);
 #pragma unroll 1
       for (int i = 0; i < CHUNKS; i++) {
-        load_x(x[X_AHEAD], a, (i + X_AHEAD) * WARPS + warp, lane);  // past the last chunk it is zeros
+        const bool again = X_AHEAD && i + 1 == CHUNKS && index + 1 < own_tiles;  // else past the last chunk it is zeros
+        load_x(x[X_AHEAD], a, (again ? 0 : i + X_AHEAD) * WARPS + warp, lane);
         take(index, i, x[0]);
         if constexpr (X_AHEAD) {
 #pragma unroll

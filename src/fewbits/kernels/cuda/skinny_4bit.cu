@@ -282,18 +282,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   commit_copies();
   if (thread == 0) barrier.init(WARPS);
   const float value = NESTED && thread < 256 ? a.dynamic[thread] : 0.0f, offset = NESTED ? *a.offset : 0.0f;
-  fill_pair_table<THREADS>(table, a.pairs);
-  if (NESTED && thread < 256) *value_of_code(table, thread) = value;
-  if (NESTED && thread == 0) *value_of_code(table, 256) = offset;
-  __syncthreads();
-  write_window();
-  take_scales();
+  const auto own_pairs = read_pairs<THREADS>(a.pairs);
   wait_for_previous_kernel();
   for (int s = 0, at = chunk; s < LEAD; s++) {
     if (s < left) copy_x(s, at);
     commit_copies();
     if (++at == chunks) at = 0;
   }
+  fill_pair_table<THREADS>(table, own_pairs);
+  if (NESTED && thread < 256) *value_of_code(table, thread) = value;
+  if (NESTED && thread == 0) *value_of_code(table, 256) = offset;
+  __syncthreads();
+  write_window();
+  take_scales();
   Operand operands[2];  // of the group in work, and of the next one
   wait_for_copies<LEAD>();
   __syncwarp();

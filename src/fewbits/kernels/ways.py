@@ -1,0 +1,145 @@
+"""Which way multiplies how many rows of x by a quantized weight on an NVIDIA GPU: a table, found by measuring.
+
+The ways are kernels of ``kernels/cuda`` (``decode``, ``skinny``, ``wide``), and ``dequantize``: the weight is
+dequantized and torch multiplies. The table is by architecture; one that is not in it takes the ways that need none of
+Hopper's matrix instructions. Nothing is timed here. ``fewbits bench --tune`` times the ways for shapes of a weight on
+the GPU at hand and keeps what it found in a file in the folder of compiled kernels: there a shape has steps of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbits.errors import ConfigError, FewbitsWarning
+from fewbits.kernels.nvrtc import cache_folder
+
+WAYS = ("decode", "skinny", "wide", "dequantize")
+MOST = 1 << 62
+Steps = tuple[tuple[int, str], ...]  # up to so many rows of x: this way; ascending, to MOST
+
+_HOPPER: dict[str, Steps] = {  # measured on an H200
+    "4-bit": ((16, "decode"), (64, "skinny"), (1024, "wide"), (MOST, "dequantize")),
+    "int8": ((16, "decode"), (MOST, "wide")),
+    "int8 in the cache": ((32, "decode"), (MOST, "wide")),  # read twice, the second time from there: it is as fast
+}
+_OTHERS: dict[str, Steps] = {
+    "4-bit": ((16, "decode"), (MOST, "dequantize")),
+    "int8": ((48, "decode"), (MOST, "dequantize")),  # the weight is rather read several times than dequantized
+    "int8 in the cache": ((48, "decode"), (MOST, "dequantize")),
+}
+TABLE: dict[tuple[int, int], dict[str, Steps]] = {(9, 0): _HOPPER}
+_forced: str | None = None
+
+
+def ways(kind: str, n: int, k: int, rows: int, cached: bool, device: int) -> tuple[str, ...]:
+    """The ways to try, in this order, for so many rows of x and a weight [n, k].
+
+    Args:
+        kind: "4-bit" or "int8".
+        cached: whether the second-level cache holds the weight.
+        device: the GPU's index.
+    """
+    if _forced is not None:
+        return (_forced,)
+    for up_to, way in _steps(kind, n, k, cached, device):
+        if rows <= up_to:
+            return (way,) if way == "dequantize" else (way, "dequantize")
+    raise AssertionError("steps end with MOST")
+
+
+@contextlib.contextmanager
+def use_way(name: str) -> Iterator[None]:
+    """Every product goes this way within a ``with`` block, or is left to the next backend."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.lru_cache(maxsize=4096)
+def _steps(kind: str, n: int, k: int, cached: bool, device: int) -> Steps:
+    found = _tuned(device).get(_key(kind, n, k))
+    if found is not None:
+        return found
+    table = TABLE.get(torch.cuda.get_device_capability(device), _OTHERS)
+    return table[f"{kind} in the cache" if cached and kind == "int8" else kind]
+
+
+# ------------------------------------------------------------------------------------------------- what was tuned here
+
+
+def _key(kind: str, n: int, k: int) -> str:
+    return f"{kind} {n}x{k}"
+
+
+def tuned_file(device: int) -> Path:
+    """Where what was tuned for this model of GPU is kept."""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return cache_folder() / f"ways-{name}.json"
+
+
+@functools.cache
+def _tuned(device: int) -> dict[str, Steps]:
+    path = tuned_file(device)
+    try:
+        text = path.read_text()
+    except OSError:
+        return {}
+    try:
+        return {key: _checked(steps) for key, steps in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is not a table that fewbits bench --tune writes, and is left out ({error}): "
+            "delete it, or tune again",
+            FewbitsWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _checked(steps: Any) -> Steps:
+    checked = tuple((MOST if up_to is None else int(up_to), str(way)) for up_to, way in steps)
+    bounds = [up_to for up_to, _ in checked]
+    if not checked or bounds != sorted(set(bounds)) or bounds[-1] != MOST or any(way not in WAYS for _, way in checked):
+        raise ValueError(f"{steps} are not steps of rows, ascending, that end with null")
+    return checked
+
+
+def keep(device: int, found: dict[tuple[str, int, int], Steps]) -> Path:
+    """Add steps by kind and shape to what is tuned, for this process and later ones; the file that was written.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    path = tuned_file(device)
+    table = {**_tuned(device), **{_key(*key): _checked(steps) for key, steps in found.items()}}
+    plain = {key: [[None if up_to == MOST else up_to, way] for up_to, way in steps] for key, steps in table.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".new")
+        whole.write_text(json.dumps(plain, indent=1) + "\n")
+        whole.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"what was tuned cannot be written to {path}: {error}",
+            hint="FEWBITS_CACHE names another folder",
+        ) from error
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Read what is tuned again when it is next asked for."""
+    _tuned.cache_clear()
+    _steps.cache_clear()
