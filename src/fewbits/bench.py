@@ -6,6 +6,7 @@ cache. Times are of the device at hand, at this moment: only those of one run ar
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +80,7 @@ def bench(
             raise ConfigError(f"a shape is {n}x{k}, and rows are {list(rows)}", expected="positive numbers")
         plain = [torch.randn(n, k, device=device, dtype=dtype) / k**0.5 for _ in range(_turns(n * k * dtype.itemsize))]
         first = QuantTensor.quantize(plain[0], spec)
-        copies = [first, *(first.clone() for _ in range(_turns(quantized_bytes(spec, (n, k))) - 1))]
+        copies = [copy.deepcopy(first) for _ in range(_turns(quantized_bytes(spec, (n, k))))]
         for count in rows:
             x = torch.randn(count, k, device=device, dtype=dtype)
             found.append(_timing((n, k), x, plain, copies))

@@ -197,10 +197,12 @@ def bench(
         spec = QuantSpec(format.value, double_quant=double_quant)
         timings = benching.bench(shapes, spec, counts, device=where)
         ways = list(dict.fromkeys(way for timing in timings for way in timing.by_way))
-        table = Table("weight", "rows", "bf16, µs", "fewbits, µs", "× bf16", *ways)
+        table = Table(title="µs a call; *: the way that is taken" if ways else "µs a call")
+        for name in ("weight", "rows", "bf16", "fewbits", "× faster", *ways):
+            table.add_column(name, no_wrap=True, justify="left" if name == "weight" else "right")
         for timing in timings:
             by_way = (
-                f"{timing.by_way[way]:.1f}{' *' if way == timing.way else ''}" if way in timing.by_way else ""
+                f"{timing.by_way[way]:.1f}{'*' if way == timing.way else ''}" if way in timing.by_way else ""
                 for way in ways
             )
             table.add_row(

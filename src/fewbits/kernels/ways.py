@@ -128,7 +128,8 @@ def keep(device: int, found: dict[tuple[str, int, int], Steps]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(".new")
-        whole.write_text(json.dumps(plain, indent=1) + "\n")
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(steps)}" for key, steps in plain.items())
+        whole.write_text(f"{{\n{lines}\n}}\n")
         whole.replace(path)
     except OSError as error:
         raise ConfigError(
