@@ -69,13 +69,14 @@ def linear() -> str:
     )  # fmt: skip
 
 
+_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # those with targets
 _FORMATS = {"nf4-dq": "nf4, double quantization", "int8": "int8"}
 
 
 def linear_gpu() -> str:
     """Microseconds of fewbits for each shape, and beside them the times of bf16 and of bitsandbytes as multiples."""
     result = _load("linear-cuda.json")
-    rows = [row for row in result["rows"] if row["format"] in _FORMATS]
+    rows = [row for row in result["rows"] if row["format"] in _FORMATS and tuple(row["shape"]) in _SHAPES]
     shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
     found = {(row["format"], row["rows"], tuple(row["shape"])): row for row in rows}
 
@@ -91,6 +92,21 @@ def linear_gpu() -> str:
             (title, str(m), *(cell(found.get((format, m, shape))) for shape in shapes))
             for format, title in _FORMATS.items()
             for m in dict.fromkeys(row["rows"] for row in rows)
+        ),
+    )
+
+
+def linear_gpu_more() -> str:
+    """Of other shapes bf16's time as a multiple of fewbits'."""
+    rows = [row for row in _load("linear-cuda.json")["rows"] if row["format"] in _FORMATS]
+    shapes = [shape for shape in dict.fromkeys(tuple(row["shape"]) for row in rows) if shape not in _SHAPES]
+    found = {(row["format"], row["rows"], tuple(row["shape"])): row for row in rows}
+    return _table(
+        ("bf16's time / fewbits'", "rows of x", *(f"{n} × {k}" for n, k in shapes)),
+        (
+            (title, str(m), *(f"{1 / found[format, m, shape]['of_torch']:.2f}" for shape in shapes))
+            for format, title in _FORMATS.items()
+            for m in (1, 16, 64, 512, 2048)
         ),
     )
 
@@ -198,6 +214,7 @@ TABLES = {
     "gpt2_xl": gpt2_xl,
     "linear": linear,
     "linear_gpu": linear_gpu,
+    "linear_gpu_more": linear_gpu_more,
     "conversions": conversions,
     "decode": decode,
     "load": load,
