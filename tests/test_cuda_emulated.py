@@ -142,18 +142,19 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
 
 
 @pytest.mark.parametrize(
-    ("limits", "spec", "rows", "n", "k", "dtype", "bias"),
+    ("limits", "tile", "spec", "rows", "n", "k", "dtype", "bias"),
     [
-        ((4, 230_400), QuantSpec("nf4", 64, True), 150, 300, 320, BF16, BF16),  # half a chunk at the end
-        ((5, 230_400), QuantSpec("fp4", 64), 300, 130, 704, FP16, torch.float32),  # parts of a tile by several blocks
-        ((1, 230_400), QuantSpec("nf4", 128, True), 129, 300, 256, BF16, None),  # all tiles by one
-        ((3, 230_400), QuantSpec("nf4", 64), 600, 140, 192, BF16, FP16),  # whole tiles, and parts of others
-        ((2, 180_000), QuantSpec("nf4", 256, True), 140, 33, 768, FP16, None),  # the least ring
-        ((4, 230_400), QuantSpec("nf4", 64, True), 70, 300, 832, BF16, BF16),  # tiles of 128 rows of x
+        ((4, 230_400), 256, QuantSpec("nf4", 64, True), 150, 300, 320, BF16, BF16),  # half a chunk at the end
+        ((5, 230_400), 256, QuantSpec("fp4", 64), 300, 130, 704, FP16, torch.float32),  # parts of tiles, by several
+        ((1, 230_400), 256, QuantSpec("nf4", 128, True), 129, 300, 256, BF16, None),  # all tiles by one
+        ((3, 230_400), 256, QuantSpec("nf4", 64), 600, 140, 192, BF16, FP16),  # whole tiles, and parts of others
+        ((2, 180_000), 128, QuantSpec("nf4", 256, True), 140, 33, 768, FP16, None),  # the least ring
+        ((4, 230_400), 128, QuantSpec("nf4", 64, True), 70, 300, 832, BF16, BF16),
     ],
     ids=str,
 )
-def test_hundreds_of_rows(cuda, spec, rows, n, k, dtype, bias):
+def test_hundreds_of_rows(cuda, tile, spec, rows, n, k, dtype, bias, monkeypatch):
+    monkeypatch.setitem(cuda_plans._TILE_COSTS, 4, {tile: (1.0, 0.0)})
     check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
     for counters in cuda_plans._counters.values():
         assert not counters.any()
@@ -161,16 +162,18 @@ def test_hundreds_of_rows(cuda, spec, rows, n, k, dtype, bias):
 
 @pytest.mark.parametrize("columns", [0, 3, 16, 70], ids=lambda n: f"{n}_columns_with_outliers")
 @pytest.mark.parametrize(
-    ("limits", "rows", "n", "k", "dtype"),
+    ("limits", "tile", "rows", "n", "k", "dtype"),
     [
-        ((4, 230_400), 37, 300, 144, BF16),  # tiles of 64 rows; a part of a chunk
-        ((5, 230_400), 100, 33, 640, FP16),  # of 128; parts of a tile by several blocks
-        ((2, 230_400), 200, 260, 320, BF16),  # of 256
-        ((1, 230_400), 70, 40, 80, FP16),
+        ((4, 230_400), 64, 37, 300, 144, BF16),  # a part of a chunk
+        ((5, 230_400), 128, 100, 33, 640, FP16),  # parts of a tile by several blocks
+        ((2, 230_400), 256, 200, 260, 320, BF16),
+        ((5, 230_400), 256, 200, 33, 640, BF16),
+        ((1, 230_400), 64, 70, 40, 80, FP16),
     ],
     ids=str,
 )
-def test_rows_of_x_in_8_bits(cuda, rows, n, k, dtype, columns):
+def test_rows_of_x_in_8_bits(cuda, tile, rows, n, k, dtype, columns, monkeypatch):
+    monkeypatch.setitem(cuda_plans._TILE_COSTS, 8, {tile: (1.0, 0.0)})
     q, x, bias = quantized(QuantSpec("int8"), n, k), torch.randn(rows, k, dtype=dtype), torch.randn(n)
     x[:, torch.randperm(k)[:columns]] *= 5
     x[-1, : columns and 3] = 9.0

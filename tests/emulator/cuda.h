@@ -457,6 +457,15 @@ inline u32 count_up(u32* counter, u32 others) {
   return before;
 }
 
+inline u32 add_up(u32* counter, u32 value) {
+  const u32 before = *counter;
+  *counter += value;
+  return before;
+}
+inline void wait_for_count(const u32* counter, u32 count) {
+  if (*counter != count) emulated::fail("a wait for blocks that may not have begun");  // they run one after the other
+}
+
 inline u32 atomicOr(u32* to, u32 bits) {
   const u32 before = *to;
   *to |= bits;

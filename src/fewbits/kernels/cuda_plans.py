@@ -26,6 +26,12 @@ _TABLE = 65536  # bytes of its table of pairs
 _DECODE_ARGUMENTS = "9Pq4i"
 _SKINNY_ARGUMENTS = "9Pq4i2P"
 _WIDE_THREADS = 384
+# by bits of the weight and rows of x in a tile: microseconds of one of its chunks, and of tiles that blocks share
+# (fitted to 80 times of each on an H200; a block's beginning and end are in none)
+_TILE_COSTS = {
+    4: {256: (1.52, 15.0), 128: (1.02, 8.0)},
+    8: {256: (0.88, 15.0), 128: (0.46, 10.7), 64: (0.32, 8.0)},
+}
 
 
 @functools.cache  # of a failure as well: it is tried and told once
@@ -203,6 +209,13 @@ class Wide(NamedTuple):
         return sums, counters_for(device, stream, max(self.tiles, zeros))
 
 
+def _wide_cost(rows: int, n: int, k: int, bits: int, tile_m: int, processors: int) -> float:
+    """Microseconds, about, with tiles of so many rows of x."""
+    tiles, chunk_us, shared_us = -(-rows // tile_m) * -(-n // WIDE_ROWS), *_TILE_COSTS[bits][tile_m]
+    blocks = _blocks(processors, tiles, k)
+    return tiles * -(-k // 128) / blocks * chunk_us + (shared_us if tiles % blocks else 0.0)
+
+
 @functools.lru_cache(maxsize=1024)
 def wide(
     rows: int, n: int, k: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
@@ -213,9 +226,9 @@ def wide(
         return None  # its matrix instructions are Hopper's alone
     if block_size < 64 or k % (max(block_size, 64) if bits == 4 else 16):
         return None
-    # rows of x that tiles work on, those past the last one as well; the weight is decoded again for each tile
-    sizes = {256: 1.0, 128: 1.3} if bits == 4 else {256: 1.0, 128: 1.15, 64: 1.5}
-    tile_m = min(sizes, key=lambda size: -(-rows // size) * size * sizes[size])
+    costs = _TILE_COSTS[bits]
+    sizes = sorted(costs) if rows <= 1024 else [max(costs)]  # with many rows the least of the weight is read again
+    tile_m = min(sizes, key=lambda size: _wide_cost(rows, n, k, bits, size, processors))
     slot = tile_m * 128 + WIDE_ROWS * (32 + 4 if bits == 4 else 128)
     fixed = _TABLE + 1024 if bits == 4 else tile_m * 128
     stages = min((room - fixed - 1024) // slot, 8)

@@ -145,6 +145,19 @@ DEVICE u32 count_up(u32* counter, u32 others) {
   return before;
 }
 
+// Adds, and returns what was there; a wait until so much is there. What a block wrote before it added (and before a
+// barrier) is there for blocks that add or wait later (and after a barrier).
+DEVICE u32 add_up(u32* counter, u32 value) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+DEVICE void wait_for_count(const u32* counter, u32 count) {
+  u32 now;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  while (now != count);
+}
+
 #endif
 
 // ---------------------------------------------------------------------------------------------- codes

@@ -184,9 +184,13 @@ DEVICE u32 bits_of(int value) { return (u32)value; }
 DEVICE void add_bits(float& sum, u32 bits) { sum += __uint_as_float(bits); }
 DEVICE void add_bits(int& sum, u32 bits) { sum += (int)bits; }
 
-// Where several blocks have chunks of a tile, all leave their sums in `parts`, two places a block (for a tile that it
+// Where several blocks have chunks of a tile, they leave their sums in `parts`, two places a block (for a tile that it
 // did not begin, and for the one that it does not end), and only the last of them goes on, with all added up in the
-// order of the columns: which one that is does not matter to the result. `counter` is the tile's; it is left a zero.
+// order of the columns: which one that is does not matter to the result. `counter` is the tile's: how many came in its
+// low half, how many have written in the high one; it is left a zero.
+//
+// With many sums a block comes before it writes, so that the last one need not write its own. It then waits for blocks
+// that have come and are still writing, never for one that may not have begun. With few a second counting takes longer.
 template <int THREADS, int AT_ONCE, int SUMS, typename Sum>
 DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_come, u32 first, u32 last, int thread) {
   if (first == last) return true;
@@ -194,17 +198,31 @@ DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_
   const u32 own = blockIdx.x;
   u32* mine = parts + thread * 4;
   auto place = [&](u32 block) { return mine + (u64)(2 * block + (block == first)) * PART; };
-  u32* to = place(own);
-#pragma unroll
-  for (int c = 0; c < SUMS / 4; c++)
-    __stcg((uint4*)(to + c * THREADS * 4), make_uint4(bits_of(sums[4 * c]), bits_of(sums[4 * c + 1]),
-                                                      bits_of(sums[4 * c + 2]), bits_of(sums[4 * c + 3])));
-  meet_consumers<THREADS>();
-  if (thread == 0) *last_to_come = count_up(counter, last - first) == last - first;
-  meet_consumers<THREADS>();
-  if (!*last_to_come) return false;
+  const u32 others = last - first;
+  auto come = [&] {
+    if (thread == 0) *last_to_come = (add_up(counter, 1) & 0xFFFF) == others;
+    meet_consumers<THREADS>();
+    return *last_to_come != 0;
+  };
+  constexpr bool COME_FIRST = SUMS >= 128;
+  bool goes_on = COME_FIRST && come();
   // One's own sums can be begun with if they are the first or the second ones: x + y is y + x.
   const bool keep = own - first <= 1;
+  if (!goes_on || !keep) {
+    u32* to = place(own);
+#pragma unroll
+    for (int c = 0; c < SUMS / 4; c++)
+      __stcg((uint4*)(to + c * THREADS * 4), make_uint4(bits_of(sums[4 * c]), bits_of(sums[4 * c + 1]),
+                                                        bits_of(sums[4 * c + 2]), bits_of(sums[4 * c + 3])));
+  }
+  if (COME_FIRST && goes_on && thread == 0) wait_for_count(counter, others << 16 | (others + 1));
+  meet_consumers<THREADS>();
+  if constexpr (!COME_FIRST)
+    goes_on = come();
+  else if (!goes_on && thread == 0)
+    add_up(counter, 1 << 16);
+  if (!goes_on) return false;
+  if (thread == 0) *counter = 0;
   if (!keep)
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sums[i] = 0;
