@@ -27,12 +27,16 @@ bench: $(VENV)/.ready
 	$(BIN)/python benchmarks/tables.py
 
 # torch goes first and pinned: what comes after finds it there instead of fetching a build of its own.
-$(VENV)/.ready: requirements.txt pyproject.toml
+$(VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# The package itself, from this folder, and the native kernels into it.
+$(VENV)/.ready: $(VENV)/.requirements pyproject.toml CMakeLists.txt $(wildcard src/fewbits/kernels/cpu/*.cpp src/fewbits/kernels/cpu/*.h)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build src/fewbits/kernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,7 +51,7 @@ def test_layers_import_only_what_stands_below_them():
     """A module's place in this list is its layer; it imports nothing that stands after it."""
     layers = [
         "errors", "partition", "memory", "kernels.codebooks", "kernels.reference", "kernels.pieces",
-        "kernels.triton_backend", "kernels.nvrtc", "kernels.ways", "kernels.cuda_plans",
+        "kernels.cpu_backend", "kernels.triton_backend", "kernels.nvrtc", "kernels.ways", "kernels.cuda_plans",
         "kernels.cuda_backend", "kernels", "formats", "tensor", "bench", "dispatch",
         "statedict", "modules", "config", "structure", "storage", "devices", "plan", "decide",
         "meta", "files", "reader", "hub", "checkpoint", "match", "hf", "homes", "offload", "place", "spread", "load",

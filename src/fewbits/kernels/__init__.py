@@ -2,8 +2,8 @@
 
 An operator takes plain tensors only. What runs it is a backend, a namespace with a function of the operator's name;
 a backend need not have them all: behind ``cuda`` (CUDA C++ for NVIDIA's GPUs) stands ``triton`` (any GPU), and behind
-each ``reference`` (plain torch, any device). They are imported when the first tensor on a GPU comes. The environment
-variable ``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
+each, and ``cpu`` (C++), ``reference`` (plain torch, any device). They are imported when the first tensor on such a
+device comes. The environment variable ``FEWBITS_BACKEND`` or :func:`use_backend` forces one.
 
 Shapes, dtypes and the arithmetic of every operator are in :mod:`fewbits.kernels.reference`.
 """
@@ -26,10 +26,15 @@ from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.kernels import reference
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference}  # those loaded; another joins them when it is first used
-_LOADED_LATER = {"cuda": "fewbits.kernels.cuda_backend", "triton": "fewbits.kernels.triton_backend"}
+_LOADED_LATER = {
+    "cpu": "fewbits.kernels.cpu_backend",
+    "cuda": "fewbits.kernels.cuda_backend",
+    "triton": "fewbits.kernels.triton_backend",
+}
 _NEEDS = {"triton": "triton"}  # the package that a backend needs
 _BEHIND = {"cuda": ("triton",)}  # who serves what a backend has not, before the reference
-_PREFERRED = {"cuda": ("cuda", "triton"), "xpu": ("triton",)}  # by device type; one not listed runs the reference
+# by device type; one not listed runs the reference
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 _forced: str | None = None
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -113,6 +118,8 @@ def _failure(name: str) -> str | None:
         return ""
     try:
         _load(name).check()
+    except ConfigError:  # what the user asked for cannot be had
+        raise
     except Exception as error:  # a package that is there and does not work: Triton without a C compiler, for one
         return str(error) or type(error).__name__
     return None

@@ -1,0 +1,284 @@
+"""The CPU half of ``linear.py``: a quantized linear layer beside bitsandbytes and torch's bf16 and fp32, in turn.
+
+    python benchmarks/linear.py --device cpu
+    python benchmarks/linear.py --device cpu --rows 1 16 --formats nf4 --shapes 4096x4096
+    FEWBITS_CPU=avx2 python benchmarks/linear.py --device cpu --levels
+
+All contenders take turns within a row of the table, each over weights that no cache holds, so that what else the
+machine does meets all alike: the ratios are what counts. ``read`` is torch's sum over the packed weight in the same
+loop, the physical limit of one row of x. ``--levels`` names the instruction sets that are forced in processes of their
+own, beside the best one that the machine has (by default avx2 and portable; none: no others).
+
+Conversions are given as GB/s of bf16 read (quantizing) or written (dequantizing), by all threads.
+
+Writes ``benchmarks/results/linear-cpu.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from machine import facts
+from torch import Tensor
+
+from fewbits import kernels
+from fewbits.formats import QuantSpec, quantized_bytes
+from fewbits.tensor import QuantTensor, linear
+
+DTYPE = torch.bfloat16
+ROTATE = 320 << 20  # bytes of weights that are taken in turn
+SPECS = {"nf4": QuantSpec("nf4"), "nf4-dq": QuantSpec("nf4", double_quant=True), "int8": QuantSpec("int8")}
+SHAPES = ((4096, 4096), (11008, 4096))
+ROWS = (1, 4, 16, 64, 256)
+LEVELS = ("avx2", "portable")
+LEVEL_ROWS = (1, 256)
+# times of bitsandbytes' speed, at least, by rows of x; and the shares of a plain read and of a copy
+SPEEDUPS = {
+    "nf4": {1: 1.15, 4: 1.15, 16: 1.15, 64: 1.2, 256: 1.2},
+    "nf4-dq": {1: 1.15, 4: 1.15, 16: 1.15, 64: 1.2, 256: 1.2},
+    "int8": {1: 1.5, 4: 3.0, 16: 3.0, 64: 2.0, 256: 1.6},
+}
+READ, COPY, DOUBLE = 0.85, 0.7, 1.05
+OF_BEST = {"avx2": {1: 0.6, 256: 0.3}}  # of the best level's speed in nf4
+QUANTIZED = {"nf4-dq": 10e9, "int8": 15e9}  # bytes of bf16 a second and core
+
+Call = Callable[[int], object]
+
+
+def race(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, float]:
+    """Median microseconds of each call, taken in turn; a call gets a counter, by which it changes weights."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+    end, i = time.perf_counter() + seconds, 0
+    while i < rounds or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for j in range(3):
+                call(3 * i + j)
+            times[name].append((time.perf_counter() - start) / 3 * 1e6)
+        i += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def turns(nbytes: int) -> int:
+    return max(2, min(40, ROTATE // nbytes))
+
+
+def peer_layer(name: str, w: Tensor) -> torch.nn.Module:
+    import bitsandbytes as bnb
+
+    n, k = w.shape
+    if name == "int8":
+        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.weight = bnb.nn.Int8Params(w, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=DTYPE, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=name == "nf4-dq")
+    return layer.to("cpu").eval()  # which quantizes
+
+
+def products(
+    shape: tuple[int, int], names: list[str], rows: list[int], seconds: float, peers: bool
+) -> list[dict[str, Any]]:
+    n, k = shape
+    bf16 = [torch.randn(n, k, dtype=DTYPE) * 0.02 for _ in range(turns(n * k * 2))]
+    fp32 = [w.float() for w in bf16[: turns(n * k * 4)]]
+    found = []
+    for name in names:
+        count = turns(quantized_bytes(SPECS[name], shape))
+        ours = [QuantTensor.quantize(bf16[i % len(bf16)], SPECS[name]) for i in range(count)]
+        layers = [peer_layer(name, bf16[i % len(bf16)]) for i in range(count)] if peers else []
+        words = [q.packed.view(-1).view(torch.int64) for q in ours]
+        for m in rows:
+            x = torch.randn(m, k, dtype=DTYPE)
+            if name == "int8":  # six columns with outliers
+                x[:, :: k // 6][:, :6] *= 8
+            wide = x.float()
+            calls: dict[str, Call] = {
+                "bf16": lambda i, x=x: F.linear(x, bf16[i % len(bf16)]),
+                "fp32": lambda i, x=wide: F.linear(x, fp32[i % len(fp32)]),
+                "ours": lambda i, x=x, ours=ours: linear(x, ours[i % len(ours)]),
+            }
+            if name != "int8":
+                calls["ours_fp32"] = lambda i, x=wide, ours=ours: linear(x, ours[i % len(ours)])
+            if peers:
+                calls["peer"] = lambda i, x=x, layers=layers: layers[i % len(layers)](x)
+                for layer in layers:
+                    layer(x)  # a peer may repack a weight when it is first used
+            if m == 1:
+                calls["read"] = lambda i, words=words: words[i % len(words)].sum()
+            with torch.inference_mode():
+                times = race(calls, seconds)
+            found.append({"shape": list(shape), "format": name, "rows": m, "us": times})
+    return found
+
+
+def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
+    import bitsandbytes.functional as bf
+
+    n, k = 4096, 4096
+    ws = [torch.randn(n, k, dtype=DTYPE) * 0.02 for _ in range(turns(n * k * 2))]
+    out = torch.empty_like(ws[0])
+    copy = race({"copy": lambda i: out.copy_(ws[i % len(ws)])}, seconds)["copy"]
+    found = []
+    for name in ("nf4-dq", "int8"):
+        spec = SPECS[name]
+        qs = [QuantTensor.quantize(w, spec) for w in ws]
+        calls: dict[str, Call] = {
+            "quantize": lambda i, spec=spec: QuantTensor.quantize(ws[i % len(ws)], spec),
+            "dequantize": lambda i, qs=qs: qs[i % len(qs)].dequantize(),
+        }
+        if peers and name != "int8":
+            packed, state = bf.quantize_4bit(ws[0], quant_type="nf4", compress_statistics=True)
+            calls["peer_quantize"] = lambda i: bf.quantize_4bit(
+                ws[i % len(ws)], quant_type="nf4", compress_statistics=True
+            )
+            calls["peer_dequantize"] = lambda i, packed=packed, state=state: bf.dequantize_4bit(packed, state)
+        elif peers:
+            calls["peer_quantize"] = lambda i: bf.int8_vectorwise_quant(ws[i % len(ws)])
+        found.append({"format": name, "bytes": n * k * 2, "copy": copy, "us": race(calls, seconds)})
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- against the targets
+
+
+def judge_products(found: list[dict[str, Any]], threads: int) -> None:
+    by_key = {(tuple(row["shape"]), row["format"], row["rows"]): row for row in found}
+    for row in found:
+        us, m, name = row["us"], row["rows"], row["format"]
+        checks: list[tuple[str, float, float, bool]] = []
+        if "peer" in us:
+            checks.append(("peer / ours", us["peer"] / us["ours"], SPEEDUPS[name].get(m, 0.0), True))
+        checks.append(("ours / bf16", us["ours"] / us["bf16"], 1.0, False))
+        checks.append(("ours / fp32", us.get("ours_fp32", us["ours"]) / us["fp32"], 1.0, False))
+        if m == 1 and name == "nf4":
+            checks.append(("of a plain read", us["read"] / us["ours"], READ, True))
+        plain = by_key.get((tuple(row["shape"]), "nf4", m))
+        if name == "nf4-dq" and plain is not None:
+            checks.append(("double quantization", us["ours"] / plain["us"]["ours"], DOUBLE, False))
+        row["targets"] = [
+            {"what": what, "found": value, "bound": bound, "met": value >= bound if least else value <= bound}
+            for what, value, bound, least in checks
+        ]
+
+
+def judge_conversions(found: list[dict[str, Any]], threads: int) -> None:
+    for row in found:
+        us, speed = row["us"], row["bytes"] / row["us"]["quantize"] * 1e6 / threads
+        share = row["copy"] / us["dequantize"]
+        row["targets"] = [
+            {"what": "quantized, bytes/s and core", "found": speed, "bound": QUANTIZED[row["format"]],
+             "met": speed >= QUANTIZED[row["format"]]},
+            {"what": "dequantizing, of a copy's speed", "found": share, "bound": COPY, "met": share >= COPY},
+        ]  # fmt: skip
+
+
+def show(row: dict[str, Any]) -> None:
+    us = row["us"]
+    what = f"{'×'.join(map(str, row.get('shape', ())))} {row['format']:<7}{row.get('rows', ''):>4}"
+    times = " ".join(f"{name} {value:.0f}" for name, value in us.items())
+    verdicts = ", ".join(
+        f"{t['what']} {t['found']:.3g} ({'ok' if t['met'] else 'MISSED'} {t['bound']:g})"
+        for t in row.get("targets", ())
+    )
+    print(f"{what}  {times}  |  {verdicts}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+def level() -> str:
+    """The instruction set of the native kernels; "reference" without them."""
+    if kernels.backend_for("cpu") != "cpu":
+        return "reference"
+    from fewbits.kernels import cpu_backend
+
+    return str(cpu_backend.level())
+
+
+def at_level(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """nf4 in a process of its own, with the instruction set forced."""
+    command = [sys.executable, str(Path(__file__).with_name("linear.py")), "--device", "cpu", "--child"]
+    command += ["--formats", "nf4", "--rows", *map(str, LEVEL_ROWS), "--shapes", args.shapes[0]]
+    environment = {**os.environ, "FEWBITS_CPU": name}
+    command += ["--seconds", str(args.seconds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        return []
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="linear.py --device cpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="NxK")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--formats", nargs="+", default=list(SPECS), choices=list(SPECS))
+    parser.add_argument("--levels", nargs="*", default=LEVELS, help="instruction sets to force as well")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table, at least")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    threads = torch.get_num_threads()
+    shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in args.shapes)]
+    if args.child:
+        found = products(shapes[0], args.formats, list(args.rows), args.seconds, peers=False)
+        print(json.dumps(found))
+        return
+    print(f"{facts('cpu')['device']}, {threads} threads, {level()}; µs a call")
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        found = products(shape, args.formats, list(args.rows), args.seconds, peers=True)
+        judge_products(found, threads)
+        for row in found:
+            show(row)
+        rows += found
+    others: dict[str, list[dict[str, Any]]] = {}
+    best = {
+        row["rows"]: row["us"]["ours"] for row in rows if row["format"] == "nf4" and row["shape"] == list(shapes[0])
+    }
+    for name in args.levels:
+        others[name] = at_level(name, args)
+        for row in others[name]:
+            us, m = row["us"], row["rows"]
+            bound = OF_BEST.get(name, {}).get(m)
+            row["targets"] = [] if name not in OF_BEST else [
+                {"what": "ours / fp32", "found": us["ours_fp32"] / us["fp32"], "bound": 1.0,
+                 "met": us["ours_fp32"] <= us["fp32"]},
+            ]  # fmt: skip
+            if bound is not None and m in best:
+                share = best[m] / us["ours"]
+                row["targets"].append({"what": "of the best", "found": share, "bound": bound, "met": share >= bound})
+            print(f"{name}: ", end="")
+            show(row)
+    converted = conversions(args.seconds, peers=True)
+    judge_conversions(converted, threads)
+    for row in converted:
+        show(row)
+    result = {**facts("cpu"), "level": level(), "rows": rows, "levels": others, "conversions": converted}
+    target = Path(__file__).parent / "results" / "linear-cpu.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    missed = [
+        t
+        for row in (*rows, *converted, *(r for o in others.values() for r in o))
+        for t in row["targets"]
+        if not t["met"]
+    ]
+    print(f"{len(missed)} of {sum(len(row['targets']) for row in (*rows, *converted))} bounds missed")

@@ -1,0 +1,80 @@
+// Parts of a 4-bit weight as floating point.
+#pragma once
+
+#include "simd.h"
+
+namespace fewbits {
+namespace FEWBITS_LEVEL {
+
+INLINE float scale_of(const Weight4Bit& w, int64_t block) {
+    if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax)[block];
+    const float value = w.dynamic[static_cast<const uint8_t*>(w.absmax)[block]];
+    return value * w.nested_absmax[block / NESTED_BLOCK] + *w.nested_offset;
+}
+
+#if FEWBITS_AVX512
+// Each of 8 parts of the table is asked for the lowest five bits, and the others choose: faster than a gather.
+INLINE Floats lookup_256(const float* values, Ints indices) {
+    Floats part[8];
+    UNROLL for (int i = 0; i < 8; i++)
+        part[i] = _mm512_permutex2var_ps(load(values + 32 * i), indices, load(values + 32 * i + 16));
+    const __mmask16 bit5 = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(32));
+    const __mmask16 bit6 = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(64));
+    const __mmask16 bit7 = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(128));
+    UNROLL for (int i = 0; i < 8; i += 2) part[i] = _mm512_mask_blend_ps(bit5, part[i], part[i + 1]);
+    UNROLL for (int i = 0; i < 8; i += 4) part[i] = _mm512_mask_blend_ps(bit6, part[i], part[i + 2]);
+    return _mm512_mask_blend_ps(bit7, part[0], part[4]);
+}
+#endif
+
+// Scales of count blocks from first on: where they lie already, or decoded into the buffer.
+INLINE const float* scales_of(const Weight4Bit& w, int64_t first, int64_t count, float* buffer) {
+    if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax) + first;
+    const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + first;
+    for (int64_t i = 0; i < count;) {
+        const int64_t nested = (first + i) / NESTED_BLOCK, stop = least(count, (nested + 1) * NESTED_BLOCK - first);
+        const float scale = w.nested_absmax[nested], offset = *w.nested_offset;
+#if FEWBITS_AVX512
+        for (; i + LANES <= stop; i += LANES) {
+            const Ints indices = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+            store(buffer + i, lookup_256(w.dynamic, indices) * splat(scale) + splat(offset));
+        }
+#endif
+        for (; i < stop; i++) buffer[i] = w.dynamic[codes[i]] * scale + offset;
+    }
+    return buffer;
+}
+
+INLINE float value_of(const Weight4Bit& w, int64_t index) {
+    const uint8_t byte = w.packed[index / 2];
+    return w.values[index % 2 ? byte & 15 : byte >> 4];
+}
+
+// count elements of the flattened weight from first on, to the beginning of out.
+template <int64_t dtype>
+INLINE void decode_span_as(const Weight4Bit& w, int64_t first, int64_t count, void* out) {
+    const Table values = table(w.values);
+    const int64_t end = first + count;
+    int64_t block = first / w.block_size;
+    for (int64_t i = first; i < end; block++) {
+        const int64_t stop = least(end, (block + 1) * w.block_size);
+        const float scale = scale_of(w, block);
+        const Floats scales = splat(scale);
+        if (i % 2 == 1) store_one(dtype, out, i - first, value_of(w, i) * scale), i++;
+        for (; i + LANES <= stop; i += LANES)
+            store_as<dtype>(out, i - first, lookup(values, spread(w.packed + i / 2)) * scales);
+        for (; i < stop; i++) store_one(dtype, out, i - first, value_of(w, i) * scale);
+    }
+}
+
+INLINE void decode_span(const Weight4Bit& w, int64_t first, int64_t count, int64_t dtype, void* out) {
+    if (dtype == FLOAT32)
+        decode_span_as<FLOAT32>(w, first, count, out);
+    else if (dtype == FLOAT16)
+        decode_span_as<FLOAT16>(w, first, count, out);
+    else
+        decode_span_as<BFLOAT16>(w, first, count, out);
+}
+
+}  // namespace FEWBITS_LEVEL
+}  // namespace fewbits

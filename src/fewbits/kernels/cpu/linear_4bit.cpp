@@ -1,0 +1,381 @@
+// Products with a 4-bit weight: row by row as it is decoded for a few rows of x, through decoded panels for more.
+#include "decode_4bit.h"
+#include "panels.h"
+#include "parallel.h"
+
+namespace fewbits {
+namespace FEWBITS_LEVEL {
+namespace {
+
+// ------------------------------------------------------------------------------------------- a few rows of x
+//
+// A chunk is LANES words of the packed weight, 8 codes each. Shifted right by 4 j, lane i's lowest four bits are the
+// code of element 8 i + (j ^ 1): x is put in that order once, and codes are looked up without any shuffle of them.
+
+constexpr int64_t CHUNK = 8 * LANES;
+constexpr int64_t GROUP = 4;                     // rows of x at a time
+constexpr int64_t ROWS = FEWBITS_AVX2 ? 2 : 4;   // of the weight at a time, as registers allow
+constexpr int64_t FEW = FEWBITS_BF16 ? 16 : 4;   // rows of x up to which this is faster than panels
+
+// How codes are looked up: in STEPS steps, each of which gives each lane a weight, or two in bf16. element() says which
+// one of a chunk that is, or which the first is: the second is 4 behind.
+struct ExactCodes {
+    static constexpr int STEPS = 8;
+    static constexpr bool PAIRS = false;
+    const Table values;
+    explicit ExactCodes(const float* values) : values(table(values)) {}
+    static INLINE_METHOD int64_t element(int64_t step, int64_t lane) { return 8 * lane + (step ^ 1); }
+    INLINE_METHOD Floats weights(Ints word, int step) const { return lookup(values, shift_right(word, 4 * step)); }
+    static INLINE_METHOD float factor() { return 1.0f; }
+};
+
+#if FEWBITS_BF16
+struct Bf16Codes {  // the values in bf16, twice: the look-up asks for five bits
+    static constexpr int STEPS = 4;
+    static constexpr bool PAIRS = true;
+    Ints values;
+    explicit Bf16Codes(const float* from) {
+        uint16_t twice[32];
+        for (int i = 0; i < 32; i++) twice[i] = to_bf16(from[i % 16]);
+        values = load_ints(twice);
+    }
+    static INLINE_METHOD int64_t element(int64_t step, int64_t lane) { return 8 * lane + (step ^ 1); }
+    INLINE_METHOD Ints weights(Ints word, int step) const {
+        return _mm512_permutexvar_epi16(shift_right(word, 4 * step), values);
+    }
+    static INLINE_METHOD float factor() { return 1.0f; }
+};
+#endif
+
+#if FEWBITS_AVX2
+// The values as integers of 16 bits, whose bytes are looked up 32 at a time: half the time of an exact look-up, which
+// is in two tables of 8. FP4's are exact, NF4's within 1e-4; x of 16 bits has a rounding of 5e-4 or 4e-3 itself.
+struct Int16Codes {
+    static constexpr int STEPS = 8;
+    static constexpr bool PAIRS = false;
+    static constexpr float UNIT = 32640;  // 170 * 192, of which FP4's values are multiples
+    __m256i low, high;
+    explicit Int16Codes(const float* values) {
+        uint8_t bytes[2][16];
+        for (int i = 0; i < 16; i++) {
+            const float scaled = values[i] * UNIT;
+            const int16_t integer = static_cast<int16_t>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f);
+            bytes[0][i] = static_cast<uint8_t>(integer & 255), bytes[1][i] = static_cast<uint8_t>(integer >> 8 & 255);
+        }
+        low = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+        high = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+    }
+    // steps: bit 2, the half byte; bit 1, which half of 16 bytes; bit 0, which byte of two
+    static INLINE_METHOD int64_t element(int64_t step, int64_t lane) {
+        return 2 * (lane / 4 * 16 + (step & 2) * 4 + lane % 4 * 2 + (step & 1)) + (step < 4);
+    }
+    INLINE_METHOD Floats weights(Ints word, int step) const {
+        const __m256i codes = _mm256_and_si256(step < 4 ? word : _mm256_srli_epi16(word, 4), _mm256_set1_epi8(15));
+        const __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
+        const __m256i pairs = step & 2 ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
+        // each as the upper half of a word
+        return _mm256_cvtepi32_ps(step & 1 ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
+                                           : _mm256_slli_epi32(pairs, 16));
+    }
+    static INLINE_METHOD float factor() { return 1.0f / (UNIT * 65536); }
+};
+#endif
+
+bool serves_few(const Linear4Bit& a, int64_t most_rows) {
+    const int64_t block = a.w.block_size;
+    const bool aligned = block % CHUNK == 0 || (CHUNK % block == 0 && CHUNK / block <= 4 && block >= 32);
+    return a.rows <= most_rows && a.w.k % block == 0 && aligned;
+}
+
+// A row of x as words [chunks, STEPS, LANES], with zeros past the end.
+template <class Codes>
+void order_for_chunks(const Linear4Bit& a, int64_t row, uint32_t* to) {
+    const int64_t k = a.w.k, padded = ceil_div(k, CHUNK) * CHUNK;
+    float* from = static_cast<float*>(scratch(0, static_cast<size_t>(padded) * 4));
+    to_floats(a.dtype, a.x, row * a.x_stride, k, from);
+    for (int64_t i = k; i < padded; i++) from[i] = 0;
+    for (int64_t c = 0; c < padded; c += CHUNK, to += Codes::STEPS * LANES)
+        for (int64_t i = 0; i < LANES; i++)
+            UNROLL for (int64_t j = 0; j < Codes::STEPS; j++) {
+                const float* at = from + c + Codes::element(j, i);
+                to[j * LANES + i] = Codes::PAIRS ? to_bits(at[0]) >> 16 | to_bits(at[4]) : to_bits(at[0]);
+            }
+}
+
+// The scales of a chunk's lanes, where a chunk has so many (1: it lies within one block).
+template <int PER_CHUNK>
+INLINE Floats lane_scales(const float* scales) {
+#if FEWBITS_AVX512
+    if (PER_CHUNK == 2) return _mm512_mask_blend_ps(0xff00, splat(scales[0]), splat(scales[1]));
+    if (PER_CHUNK == 4) {
+        const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        return _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+    }
+#elif FEWBITS_AVX2
+    if (PER_CHUNK == 2) return _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
+#endif
+    return splat(scales[0]);
+}
+
+INLINE Floats add_product(Floats sum, Floats w, const uint32_t* x) {
+    return fma(w, load(reinterpret_cast<const float*>(x)), sum);
+}
+#if FEWBITS_BF16
+INLINE Floats add_product(Floats sum, Ints w, const uint32_t* x) { return dot_bf16(sum, w, load_ints(x)); }
+#endif
+
+// Adds one chunk of R rows of the weight times M rows of x.
+template <class Codes, int M, int R>
+INLINE void add_chunk(Floats (&sums)[R][M], const Codes& codes, const Ints (&words)[R], const Floats (&scales)[R],
+                      const uint32_t* x, int64_t x_stride) {
+    if constexpr (M == 1 || Codes::PAIRS) {  // scales are applied to what the chunk adds
+        Floats part[R][M];
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = zero();
+        UNROLL for (int j = 0; j < Codes::STEPS; j++)
+            UNROLL for (int r = 0; r < R; r++) {
+                const auto w = codes.weights(words[r], j);
+                UNROLL for (int m = 0; m < M; m++)
+                    part[r][m] = add_product(part[r][m], w, x + m * x_stride + j * LANES);
+            }
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int m = 0; m < M; m++) sums[r][m] = fma(part[r][m], scales[r], sums[r][m]);
+    } else {  // or to the weights, which takes no registers for a chunk's own sums
+        UNROLL for (int j = 0; j < Codes::STEPS; j++) {
+            Floats w[R];
+            UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j) * scales[r];
+            UNROLL for (int m = 0; m < M; m++) {
+                const Floats xs = load(reinterpret_cast<const float*>(x + m * x_stride + j * LANES));
+                UNROLL for (int r = 0; r < R; r++) sums[r][m] = fma(w[r], xs, sums[r][m]);
+            }
+        }
+    }
+}
+
+// R rows of the weight from n on. scales: of the first row's blocks, the others' behind.
+template <class Codes, int M, int R, int PER_CHUNK>
+INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, const float* scales) {
+    const int64_t k = a.w.k, row_bytes = k / 2, blocks = k / a.w.block_size;
+    const int64_t step = Codes::STEPS * LANES, x_stride = ceil_div(k, CHUNK) * step;
+    const int64_t chunks_per_block = most(1, a.w.block_size / CHUNK);
+    const uint8_t* packed = a.w.packed + n * row_bytes;
+    const Codes codes(a.w.values);
+    const Floats factor = splat(Codes::factor());
+    Floats sums[R][M], scale[R];
+    Ints words[R];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r][m] = zero();
+    int64_t chunks_left = k / CHUNK;
+    while (chunks_left > 0) {
+        const int64_t count = least(chunks_left, chunks_per_block);
+        UNROLL for (int r = 0; r < R; r++) scale[r] = lane_scales<PER_CHUNK>(scales + r * blocks) * factor;
+        for (int64_t i = 0; i < count; i++) {
+            UNROLL for (int r = 0; r < R; r++) {
+                words[r] = load_ints(packed + r * row_bytes);
+                __builtin_prefetch(packed + (r + R) * row_bytes);  // the hardware does not foresee the next rows
+            }
+            add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
+            packed += CHUNK / 2, x += step;
+        }
+        scales += PER_CHUNK;
+        chunks_left -= count;
+    }
+    const int64_t rest = k % CHUNK;  // only where a chunk has several blocks, or one
+    if (rest > 0) {
+        UNROLL for (int r = 0; r < R; r++) {
+            uint8_t bytes[CHUNK / 2] = {};
+            float last[4] = {};
+            memcpy(bytes, packed + r * row_bytes, static_cast<size_t>(rest / 2));
+            memcpy(last, scales + r * blocks, static_cast<size_t>(ceil_div(rest, a.w.block_size)) * 4);
+            words[r] = load_ints(bytes);
+            scale[r] = lane_scales<PER_CHUNK>(last) * factor;
+        }
+        add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, n + r);
+        UNROLL for (int m = 0; m < M; m++) store_one(a.dtype, a.out, (row + m) * a.w.n + n + r, sum(sums[r][m]) + bias);
+    }
+}
+
+template <class Codes, int M, int PER_CHUNK>
+void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last) {
+    constexpr int64_t R = Codes::PAIRS && M > 2 ? 2 : ROWS;
+    const int64_t blocks = a.w.k / a.w.block_size;
+    float* buffer = static_cast<float*>(scratch(0, static_cast<size_t>(R * blocks) * 4));
+    int64_t n = first;
+    for (; n + R <= last; n += R)
+        few_rows<Codes, M, R, PER_CHUNK>(a, x, row, n, scales_of(a.w, n * blocks, R * blocks, buffer));
+    for (; n < last; n++)
+        few_rows<Codes, M, 1, PER_CHUNK>(a, x, row, n, scales_of(a.w, n * blocks, blocks, buffer));
+}
+
+template <class Codes, int PER_CHUNK>
+void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int64_t last) {
+    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
+    for (int64_t row = 0; row < a.rows; row += GROUP, x += GROUP * x_stride) switch (least(GROUP, a.rows - row)) {
+            case 1: few_rows_between<Codes, 1, PER_CHUNK>(a, x, row, first, last); break;
+            case 2: few_rows_between<Codes, 2, PER_CHUNK>(a, x, row, first, last); break;
+            case 3: few_rows_between<Codes, 3, PER_CHUNK>(a, x, row, first, last); break;
+            default: few_rows_between<Codes, 4, PER_CHUNK>(a, x, row, first, last);
+        }
+}
+
+template <class Codes>
+void linear_few(const Linear4Bit& a) {
+    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
+    uint32_t* x = static_cast<uint32_t*>(scratch(4, static_cast<size_t>(a.rows * x_stride) * 4));
+    parallel_for(a.threads, a.rows, [&](int64_t row) { order_for_chunks<Codes>(a, row, x + row * x_stride); });
+    // at most so many that the second group of rows of x finds them in the second-level cache
+    const int64_t piece = most(16, least(64, a.w.n / (8 * a.threads) / ROWS * ROWS));
+    parallel_for(a.threads, ceil_div(a.w.n, piece), [&](int64_t index) {
+        const int64_t first = index * piece, last = least(a.w.n, first + piece), blocks = CHUNK / a.w.block_size;
+        if (CHUNK >= 128 && blocks == 4) return few_rows_between<Codes, CHUNK >= 128 ? 4 : 1>(a, x, first, last);
+        if (CHUNK >= 64 && blocks == 2) return few_rows_between<Codes, CHUNK >= 64 ? 2 : 1>(a, x, first, last);
+        few_rows_between<Codes, 1>(a, x, first, last);
+    });
+}
+
+// ------------------------------------------------------------------------------------------- panels
+
+// Words of LANES rows of the weight from n on, columns from k on: [count / 8, LANES], zeros past the last row.
+void gather_words(const Weight4Bit& w, int64_t n, int64_t k, int64_t count, uint32_t* words) {
+    const int64_t rows = least(LANES, w.n - n), row_bytes = w.k / 2;
+    const uint8_t* from = w.packed + n * row_bytes + k / 2;
+    int64_t i = 0;
+    for (; TRANSPOSES && rows == LANES && i + CHUNK <= count; i += CHUNK) {
+        Ints v[LANES];
+        UNROLL for (int r = 0; r < LANES; r++) v[r] = load_ints(from + r * row_bytes + i / 2);
+        transpose(v);
+        UNROLL for (int r = 0; r < LANES; r++) store_ints(words + (i / 8 + r) * LANES, v[r]);
+    }
+    for (; i < count; i += 8) {
+        for (int64_t r = 0; r < LANES; r++) {
+            uint32_t word = 0;
+            if (r < rows) memcpy(&word, from + r * row_bytes + i / 2, 4);
+            words[i / 8 * LANES + r] = word;
+        }
+    }
+}
+
+// Columns k to k + depth of the rows from n on.
+struct Rows4Bit {
+    const Weight4Bit& w;
+
+    int64_t depth() const { return w.k; }
+    int64_t width() const { return w.n; }
+
+    template <class Step>
+    void decode(int64_t k, int64_t depth, int64_t n, uint32_t* strip) const {
+        for (int64_t column = 0; column < TILE_WIDTH; column += LANES) {
+            if (w.k % 8 == 0)
+                decode_words<Step>(k, depth, n + column, strip + column);
+            else
+                decode_any<Step>(k, depth, n + column, strip + column);
+        }
+    }
+
+    template <class Step>
+    void decode_words(int64_t k, int64_t depth, int64_t n, uint32_t* strip) const {
+        const Table values = table(w.values);
+        uint32_t words[MOST_DEPTH / 8 * LANES];
+        gather_words(w, n, k, depth, words);
+        const int64_t rows = least(LANES, w.n - n), blocks = w.k / w.block_size;
+        // up to where scales are the same in every row: one block, or one word if blocks begin anywhere
+        const bool aligned = w.k % w.block_size == 0;
+        const int64_t unit = aligned ? w.block_size : 8;
+        for (int64_t i = 0; i < depth;) {
+            const int64_t stop = least(depth, i + unit - (k + i) % unit), block = (k + i) / w.block_size;
+            float scale[LANES] = {};
+            for (int64_t r = 0; r < rows; r++)
+                scale[r] = scale_of(w, aligned ? (n + r) * blocks + block : ((n + r) * w.k + k + i) / w.block_size);
+            const Floats scales = load(scale);
+            for (; i < stop; i += 8) {
+                const Ints word = load_ints(words + i / 8 * LANES);
+                Floats column[8];
+                UNROLL for (int j = 0; j < 8; j++) column[j ^ 1] = lookup(values, shift_right(word, 4 * j)) * scales;
+                Step::put(column, strip + i / Step::PER_WORD * TILE_WIDTH);
+            }
+        }
+    }
+
+    // Rows that are not whole words: one number after the other.
+    template <class Step>
+    void decode_any(int64_t k, int64_t depth, int64_t n, uint32_t* strip) const {
+        float buffer[LANES][MOST_DEPTH] = {};
+        for (int64_t r = 0; r < least(LANES, w.n - n); r++)
+            decode_span_as<FLOAT32>(w, (n + r) * w.k + k, least(depth, w.k - k), buffer[r]);
+        for (int64_t i = 0; i < depth; i += 8) {
+            Floats column[8];
+            for (int64_t j = 0; j < 8; j++) {
+                float numbers[LANES];
+                for (int64_t r = 0; r < LANES; r++) numbers[r] = buffer[r][i + j];
+                column[j] = load(numbers);
+            }
+            Step::put(column, strip + i / Step::PER_WORD * TILE_WIDTH);
+        }
+    }
+};
+
+// Rows n to n + depth, their columns from k on: for the transposed product.
+struct Columns4Bit {
+    const Weight4Bit& w;
+
+    int64_t depth() const { return w.n; }
+    int64_t width() const { return w.k; }
+
+    template <class Step>
+    void decode(int64_t n, int64_t depth, int64_t k, uint32_t* strip) const {
+        const bool within_block = w.k % w.block_size == 0 && w.block_size % TILE_WIDTH == 0 && k < w.k;
+        for (int64_t i = 0; i < depth; i += 8) {
+            Floats numbers[8][TILE_VECTORS];
+            if (within_block && n + i + 8 <= w.n)
+                decode_within_block(n + i, k, numbers);
+            else
+                decode_any(n + i, k, numbers);
+            UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
+                Floats column[8];
+                UNROLL for (int j = 0; j < 8; j++) column[j] = numbers[j][v];
+                Step::put(column, strip + i / Step::PER_WORD * TILE_WIDTH + v * LANES);
+            }
+        }
+    }
+
+    INLINE_METHOD void decode_within_block(int64_t n, int64_t k, Floats (&numbers)[8][TILE_VECTORS]) const {
+        const Table values = table(w.values);
+        const int64_t blocks = w.k / w.block_size, block = n * blocks + k / w.block_size;
+        const uint8_t* packed = w.packed + (n * w.k + k) / 2;
+        UNROLL for (int j = 0; j < 8; j++) {
+            const Floats scale = splat(scale_of(w, block + j * blocks));
+            UNROLL for (int v = 0; v < TILE_VECTORS; v++)
+                numbers[j][v] = lookup(values, spread(packed + j * (w.k / 2) + v * (LANES / 2))) * scale;
+        }
+    }
+
+    // Any rows, with zeros past the weight's edges.
+    void decode_any(int64_t n, int64_t k, Floats (&numbers)[8][TILE_VECTORS]) const {
+        const int64_t count = most(0, least(TILE_WIDTH, w.k - k));
+        for (int64_t j = 0; j < 8; j++) {
+            float row[TILE_WIDTH] = {};
+            if (n + j < w.n) decode_span_as<FLOAT32>(w, (n + j) * w.k + k, count, row);
+            for (int v = 0; v < TILE_VECTORS; v++) numbers[j][v] = load(row + v * LANES);
+        }
+    }
+};
+
+}  // namespace
+
+void linear_4bit(const Linear4Bit& a) {
+#if FEWBITS_BF16
+    if (a.dtype == BFLOAT16 && serves_few(a, FEW)) return linear_few<Bf16Codes>(a);
+#elif FEWBITS_AVX2
+    if (a.dtype != FLOAT32 && serves_few(a, FEW)) return linear_few<Int16Codes>(a);
+#endif
+    if (serves_few(a, GROUP)) return linear_few<ExactCodes>(a);
+    multiply_panels(Rows4Bit{a.w}, Product{a.x, a.x_stride, a.rows, a.dtype, a.bias, a.bias_dtype, a.out, a.threads});
+}
+
+void linear_4bit_t(const Linear4Bit& a) {
+    multiply_panels(Columns4Bit{a.w}, Product{a.x, a.x_stride, a.rows, a.dtype, nullptr, 0, a.out, a.threads});
+}
+
+}  // namespace FEWBITS_LEVEL
+}  // namespace fewbits

@@ -1,0 +1,576 @@
+// Products with a weight in 8 bits, W [n, k] = q * absmax / 127, read as it is stored, and its dequantizing.
+//
+// There are three ways. All of them multiply some rows of x by 4 rows of q at a time:
+//   few rows       q is made fp32 in registers: what takes the time is reading it
+//   LLM.int8()     rows of x in one 8-bit digit or two, sums of integers; columns with outliers are added in fp32
+//   fp32           a block of q is made fp32 first: without a threshold, or with outliers in very many columns
+// Sums over a block of columns are added up in fp32, scaled, and rounded once.
+#include "decode_int8.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace fewbits {
+namespace FEWBITS_LEVEL {
+namespace {
+
+#define FORGET(pointer) asm("" : "+r"(pointer))
+
+constexpr int64_t FEW_ROWS = 4;           // of x, up to which q is made fp32 in registers
+constexpr int GROUP = 4;                  // rows of q that are multiplied at a time
+constexpr int64_t PANEL = 64;             // rows of q that a task takes, at most,
+constexpr int64_t PANEL_BYTES = 1 << 18;  // and their bytes: they stay in the second-level cache
+constexpr int64_t ROW_BLOCK = 512;        // rows of x that are prepared at a time, at most
+constexpr int64_t X_BYTES = 12 << 10;     // of rows of x that are multiplied at a time: they stay in the first cache
+constexpr int64_t PADDING = 64;           // rows of x are filled up to multiples of it
+constexpr int64_t OUTLIERS = 8;           // with more than 1/8 of the columns, fp32 alone is faster
+constexpr int32_t NO_OFFSETS[PANEL] = {};
+
+INLINE int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+// -------------------------------------------------------------------------------------------------- kinds of products
+// X, Q         what x and q are stored as
+// STEP         elements of a register, and ROWS of x for which there are enough of them
+// FITS         whether the elements of x fit in registers as well
+// OFFSET       what is added to each element of x
+// total        the sums of four registers, less the offsets
+
+#if FEWBITS_AVX512
+#define FEWBITS_INTEGERS 1
+struct Integers {
+    using X = uint8_t;
+    using Q = int8_t;
+    using Register = __m512i;
+    static constexpr int STEP = 64, ROWS = 6, OFFSET = 128;
+    static constexpr bool FITS = true;
+    INLINE Register zero() { return _mm512_setzero_si512(); }
+    INLINE Register load_x(const X* x) { return _mm512_loadu_si512(x); }
+    INLINE Register load_q(const Q* q) { return _mm512_loadu_si512(q); }
+    // in assembly since GCC 12 spills the accumulators of the intrinsic
+    INLINE void add(Register& sum, Register x, Register q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(q)); }
+    INLINE FourInts total(Register a, Register b, Register c, Register d) {
+        a = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        c = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        a = _mm512_add_epi32(_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c));
+        const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+        return (FourInts)_mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    }
+    INLINE Four total(Register a, Register b, Register c, Register d, FourInts offsets) {
+        return __builtin_convertvector(total(a, b, c, d) - offsets, Four);
+    }
+};
+#elif FEWBITS_AVX2
+#define FEWBITS_INTEGERS 1
+struct Integers {  // in 16 bits: vpmaddubsw, of bytes, saturates
+    using X = int16_t;
+    using Q = int8_t;
+    using Register = __m256i;
+    static constexpr int STEP = 16, ROWS = 3, OFFSET = 0;
+    static constexpr bool FITS = false;
+    INLINE Register zero() { return _mm256_setzero_si256(); }
+    INLINE Register load_x(const X* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+    INLINE Register load_q(const Q* q) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+    }
+    INLINE void add(Register& sum, Register x, Register q) {
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, q));
+    }
+    INLINE Four total(Register a, Register b, Register c, Register d, FourInts) {
+        a = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+        const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+        return (Four)_mm_cvtepi32_ps(all);
+    }
+};
+#endif
+
+struct InRegisters {  // fp32, q converted as it is read
+    using X = float;
+    using Q = int8_t;
+    using Register = Floats;
+    static constexpr int STEP = LANES, ROWS = LANES == 16 ? 4 : 2, OFFSET = 0;
+    static constexpr bool FITS = true;
+    INLINE Register zero() { return FEWBITS_LEVEL::zero(); }
+    INLINE Register load_x(const X* x) { return load(x); }
+    INLINE Register load_q(const Q* q) { return load_int8(q); }
+    INLINE void add(Register& sum, Register x, Register q) { sum = fma(x, q, sum); }
+    INLINE Four total(Register a, Register b, Register c, Register d, FourInts) {
+#if FEWBITS_AVX512
+        a = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        c = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const __m512d ab = _mm512_castps_pd(a), cd = _mm512_castps_pd(c);
+        a = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+        return (Four)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif FEWBITS_AVX2
+        a = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        return (Four)_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+#else
+        return Four{sum(a), sum(b), sum(c), sum(d)};
+#endif
+    }
+};
+
+struct Fp32 : InRegisters {  // q has been made fp32
+    using Q = float;
+    static constexpr int ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;
+    INLINE Register load_q(const Q* q) { return load(q); }
+};
+
+// ---------------------------------------------------------------------------------------------------------- products
+
+// Brings memory that is wanted later into the second-level cache, some of it at a time.
+struct Ahead {
+    const char* at;
+    int64_t lines;
+
+    Ahead part(int64_t index, int64_t parts) const {
+        const int64_t first = lines * index / parts;
+        return {at + 64 * first, lines * (index + 1) / parts - first};
+    }
+    void fetch(int64_t count) {
+        for (count = least(count, lines), lines -= count; count > 0; count--, at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+// sums [ROWS, PANEL] (4 of a row) += (x [ROWS, k] q [4, k]^T - offsets) * scale
+template <class Kind, int ROWS>
+void dots(const typename Kind::X* x, int64_t x_stride, const typename Kind::Q* const* q, int64_t k,
+          const int32_t* offsets, const float* scale, float* sums, Ahead ahead) {
+    constexpr int STEP = Kind::STEP;
+    using Q = typename Kind::Q;
+    using X = typename Kind::X;
+    typename Kind::Register acc[ROWS][GROUP];
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int c = 0; c < GROUP; c++) acc[r][c] = Kind::zero();
+    }
+    const Q *q0 = q[0], *q1 = q[1], *q2 = q[2], *q3 = q[3];
+    const X* upper = x + 3 * x_stride;  // addresses of six rows from two pointers and two multiples of the stride
+    const auto step = [&](int64_t at, const Q* w0, const Q* w1, const Q* w2, const Q* w3)
+                          __attribute__((always_inline)) {
+        if constexpr (LANES == 16) {  // enough registers for those of q
+            typename Kind::Register w[GROUP] = {Kind::load_q(w0), Kind::load_q(w1), Kind::load_q(w2), Kind::load_q(w3)};
+            UNROLL for (int c = 0; c < GROUP; c++) KEEP(w[c]);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                auto v = Kind::load_x((r < 3 ? x : upper) + r % 3 * x_stride + at);
+                KEEP(v);
+                UNROLL for (int c = 0; c < GROUP; c++) Kind::add(acc[r][c], v, w[c]);
+            }
+        } else {
+            const Q* const rows[GROUP] = {w0, w1, w2, w3};
+            UNROLL for (int c = 0; c < GROUP; c++) {
+                const auto w = Kind::load_q(rows[c]);
+                const X *here = x + at, *above = upper + at;
+                if (!Kind::FITS) FORGET(here);  // x is read again for each row of q, not kept
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    Kind::add(acc[r][c], Kind::load_x((r < 3 ? here : above) + r % 3 * x_stride), w);
+                }
+            }
+        }
+    };
+    const int64_t whole = k / STEP * STEP, burst = whole ? ceil_div(ahead.lines * STEP, whole) : 0;
+    for (int64_t at = 0; at < whole; at += STEP) {
+        if (ahead.lines) ahead.fetch(burst);
+        step(at, q0 + at, q1 + at, q2 + at, q3 + at);
+    }
+    if (whole < k) {  // x has zeros there, or what stands for them
+        Q rest[GROUP][STEP] = {};
+        for (int c = 0; c < GROUP; c++) memcpy(rest[c], q[c] + whole, (k - whole) * sizeof(Q));
+        step(whole, rest[0], rest[1], rest[2], rest[3]);
+    }
+    FourInts less = {};
+    if (Kind::OFFSET) memcpy(&less, offsets, 16);
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        Four sum;
+        memcpy(&sum, sums + r * PANEL, 16);
+        sum += Kind::total(acc[r][0], acc[r][1], acc[r][2], acc[r][3], less) * scale[r];
+        memcpy(sums + r * PANEL, &sum, 16);
+    }
+}
+
+template <class Kind>
+struct DotsOf {
+    using Function = void (*)(const typename Kind::X*, int64_t, const typename Kind::Q* const*, int64_t, const int32_t*,
+                              const float*, float*, Ahead);
+    static Function of(int64_t rows) {
+        switch (rows) {
+            case 1: return dots<Kind, 1>;
+            case 2: return dots<Kind, 2>;
+            case 3: return dots<Kind, Kind::ROWS < 3 ? 1 : 3>;
+            case 4: return dots<Kind, Kind::ROWS < 4 ? 1 : 4>;
+            case 5: return dots<Kind, Kind::ROWS < 5 ? 1 : 5>;
+            default: return dots<Kind, Kind::ROWS < 6 ? 1 : 6>;
+        }
+    }
+};
+
+#if FEWBITS_AVX512
+// OFFSET times the sum of each of some rows
+void row_offsets(const int8_t* q, int64_t q_stride, int64_t rows, int64_t k, int32_t* offsets) {
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(Integers::OFFSET));
+    const __mmask64 rest = k % 64 ? ~0ull >> (64 - k % 64) : 0;
+    for (int64_t row = 0; row < rows; row++, q += q_stride) {
+        __m512i even = _mm512_setzero_si512(), odd = even;
+        int64_t at = 0;
+        for (; at + 128 <= k; at += 128) {
+            Integers::add(even, offset, _mm512_loadu_si512(q + at));
+            Integers::add(odd, offset, _mm512_loadu_si512(q + at + 64));
+        }
+        if (at + 64 <= k) Integers::add(even, offset, _mm512_loadu_si512(q + at)), at += 64;
+        if (rest) Integers::add(odd, offset, _mm512_maskz_loadu_epi8(rest, q + at));
+        offsets[row] = _mm512_reduce_add_epi32(_mm512_add_epi32(even, odd));
+    }
+}
+#endif
+
+// sums [rows, PANEL] += x [rows, k] q [q_rows, k]^T * scale
+template <class Kind>
+void add_products(const typename Kind::X* x, int64_t x_stride, const float* scale, int64_t rows,
+                  const typename Kind::Q* q, int64_t q_stride, int64_t q_rows, int64_t k, const int32_t* offsets,
+                  float* sums, Ahead ahead) {
+    const int64_t tiles = ceil_div(rows, Kind::ROWS), groups = ceil_div(q_rows, GROUP);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
+        const auto function = DotsOf<Kind>::of(count);
+        for (int64_t group = 0; group < groups; group++) {
+            const typename Kind::Q* w[GROUP];  // past the last row the last one again, for sums that nobody reads
+            for (int64_t c = 0; c < GROUP; c++) w[c] = q + least(group * GROUP + c, q_rows - 1) * q_stride;
+            function(x + first * x_stride, x_stride, w, k, offsets + group * GROUP, scale + first,
+                     sums + first * PANEL + group * GROUP, ahead.part(tile * groups + group, tiles * groups));
+        }
+    }
+}
+
+constexpr int64_t WIDTH = 4 * LANES;  // columns of an outer product
+constexpr int OUTER_ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;
+
+// sums [ROWS, WIDTH] += a [ROWS, steps] b [steps, WIDTH]
+template <int ROWS>
+void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t steps, float* sums,
+           int64_t sums_stride) {
+    Floats acc[ROWS][4];
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int c = 0; c < 4; c++) acc[r][c] = load(sums + r * sums_stride + c * LANES);
+    }
+    for (int64_t s = 0; s < steps; s++, b += b_stride) {
+        Floats w[4];
+        UNROLL for (int c = 0; c < 4; c++) w[c] = load(b + c * LANES);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            const Floats v = splat(a[r * a_stride + s]);
+            UNROLL for (int c = 0; c < 4; c++) acc[r][c] = fma(v, w[c], acc[r][c]);
+        }
+    }
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int c = 0; c < 4; c++) store(sums + r * sums_stride + c * LANES, acc[r][c]);
+    }
+}
+
+// sums [rows, WIDTH] += a [rows, steps] b [steps, WIDTH]
+void add_outer(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride, int64_t steps,
+               float* sums, int64_t sums_stride) {
+    int64_t row = 0;
+    for (; row + OUTER_ROWS <= rows; row += OUTER_ROWS)
+        outer<OUTER_ROWS>(a + row * a_stride, a_stride, b, b_stride, steps, sums + row * sums_stride, sums_stride);
+    for (; row < rows; row++)
+        outer<1>(a + row * a_stride, a_stride, b, b_stride, steps, sums + row * sums_stride, sums_stride);
+}
+
+// ------------------------------------------------------------------------------------------------------- preparing x
+
+template <int64_t dtype>
+void widen_as(const void* from, int64_t first, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load_as<dtype>(from, first + i));
+    for (; i < count; i++) to[i] = load_one(dtype, from, first + i);
+}
+
+void widen(int64_t dtype, const void* from, int64_t first, int64_t count, float* to) {
+    if (dtype == FLOAT32) return widen_as<FLOAT32>(from, first, count, to);
+    dtype == FLOAT16 ? widen_as<FLOAT16>(from, first, count, to) : widen_as<BFLOAT16>(from, first, count, to);
+}
+
+void widen_int8(const int8_t* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load_int8(from + i));
+    for (; i < count; i++) to[i] = from[i];
+}
+
+template <int64_t dtype>
+void narrow_as(const float* from, int64_t count, void* to, int64_t first) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store_as<dtype>(to, first + i, load(from + i));
+    for (; i < count; i++) store_one(dtype, to, first + i, from[i]);
+}
+
+void narrow(int64_t dtype, const float* from, int64_t count, void* to, int64_t first) {
+    if (dtype == FLOAT32) return narrow_as<FLOAT32>(from, count, to, first);
+    dtype == FLOAT16 ? narrow_as<FLOAT16>(from, count, to, first) : narrow_as<BFLOAT16>(from, count, to, first);
+}
+
+// To prepare x: little work is done before other threads have come.
+int64_t threads_for(const LinearInt8& a) { return a.rows * a.w.k < 1 << 16 ? 1 : a.threads; }
+
+// What all rows of a call to linear_int8 share.
+struct Outliers {
+    int32_t* columns;  // ascending
+    int64_t count;
+};
+
+#if FEWBITS_INTEGERS
+using Code = Integers::X;
+
+constexpr float SMALLEST = 4.3e-37f;  // scale of a row: 127 divided by it is finite
+
+// The largest |x| below the threshold; marks columns with others. Bits of |x| are in the order of its values, NaN last.
+float find_outliers(const float* x, int64_t k, float threshold, uint8_t* marks) {
+    const int32_t limit = static_cast<int32_t>(to_bits(threshold)), infinity = 0x7f800000;
+    int32_t largest = 0, any = 0;
+    for (int64_t i = 0; i < k; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        const int32_t outlier = -static_cast<int32_t>((bits >= limit) & (bits <= infinity));
+        any |= outlier;
+        bits &= ~outlier;
+        largest = bits > largest ? bits : largest;
+    }
+    if (any)
+        for (int64_t i = 0; i < k; i++)
+            if (x[i] >= threshold || x[i] <= -threshold)
+                __atomic_store_n(marks + i, 1, __ATOMIC_RELAXED);  // other threads may at the same time
+    const float absmax = from_bits(static_cast<uint32_t>(largest));
+    return absmax < SMALLEST ? SMALLEST : absmax;
+}
+
+// x * 127 / absmax, rounded, and with two digits what is left of it, in 254ths.
+void quantize_row(const float* x, int64_t k, float absmax, int64_t digits, Code* first, Code* second) {
+    const float factor = 127.0f / absmax, magic = 12582912.0f;  // 1.5 * 2^23: rounds to integers
+    for (int64_t i = 0; i < k; i++) {
+        const float rounded = x[i] * factor + magic;
+        int32_t bits;
+        memcpy(&bits, &rounded, 4);
+        first[i] = static_cast<Code>(static_cast<int8_t>(bits) + Integers::OFFSET);
+    }
+    if (digits < 2) return;
+    for (int64_t i = 0; i < k; i++) {
+        const float value = x[i] * factor, rounded = (value - (value + magic - magic)) * 254.0f + magic;
+        int32_t bits;
+        memcpy(&bits, &rounded, 4);
+        second[i] = static_cast<Code>(static_cast<int8_t>(bits) + Integers::OFFSET);
+    }
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------------ panels
+
+int64_t panel_rows(const WeightInt8& w, int64_t threads) {
+    const int64_t fitting = least(PANEL_BYTES / most(w.k, 1), w.n / (4 * threads)) / GROUP * GROUP;
+    return most(GROUP, least(PANEL, fitting));
+}
+
+// Elements from a row to the next: rows that lie whole pages apart would share the same lines of the caches.
+int64_t row_stride(int64_t k, int64_t bytes) {
+    const int64_t stride = round_up(k, PADDING);
+    return stride * bytes % 2048 ? stride : stride + 5 * PADDING;
+}
+
+// Columns that are multiplied at a time, of rows of x that have so many bytes for each.
+int64_t column_block(int64_t k, int64_t row_bytes) {
+    const int64_t blocks = ceil_div(k, most(X_BYTES / row_bytes, PADDING));
+    return most(round_up(ceil_div(k, most(blocks, 1)), PADDING), PADDING);
+}
+
+// out = sums * absmax / 127 + bias, for rows of x and of q
+void finish(const LinearInt8& a, float* sums, int64_t row, int64_t rows, int64_t first, int64_t count) {
+    float scale[PANEL], bias[PANEL] = {};
+    for (int64_t i = 0; i < count; i++) scale[i] = a.w.absmax[first + i] * (1.0f / 127);
+    if (a.bias != nullptr) widen(a.bias_dtype, a.bias, first, count, bias);
+    for (int64_t m = 0; m < rows; m++) {
+        float* of_row = sums + m * PANEL;
+        for (int64_t i = 0; i < count; i++) of_row[i] = of_row[i] * scale[i] + bias[i];
+        narrow(a.dtype, of_row, count, a.out, (row + m) * a.w.n + first);
+    }
+}
+
+// ROW_BLOCK rows from ``row`` on, x as it is
+void linear_fp32(const LinearInt8& a, int64_t row, int64_t rows) {
+    const int64_t n = a.w.n, k = a.w.k, stride = row_stride(k, sizeof(float));
+    float* x = static_cast<float*>(scratch(4, rows * stride * sizeof(float) + 64));
+    const auto prepare = [&](int64_t m) {
+        widen(a.dtype, a.x, (row + m) * a.x_stride, k, x + m * stride);
+        memset(x + m * stride + k, 0, (stride - k) * sizeof(float));
+    };
+    parallel_for(threads_for(a), rows, prepare);
+
+    const int64_t panel = panel_rows(a.w, a.threads);
+    parallel_for(a.threads, ceil_div(n, panel), [&](int64_t index) {
+        const int64_t first = index * panel, count = least(panel, n - first);
+        float* sums = static_cast<float*>(scratch(0, (rows + 1) * PANEL * sizeof(float)));
+        memset(sums, 0, rows * PANEL * sizeof(float));
+        float scale[ROW_BLOCK];
+        for (int64_t m = 0; m < rows; m++) scale[m] = 1;
+        const int8_t* q = a.w.q + first * k;
+        if (rows <= FEW_ROWS) {
+            const Ahead ahead = {reinterpret_cast<const char*>(q) + 2 * GROUP * k, count * k / 64};
+            add_products<InRegisters>(x, stride, scale, rows, q, k, count, k, NO_OFFSETS, sums, ahead);
+        } else {
+            const int64_t block = column_block(k, Fp32::ROWS * sizeof(float));
+            const int64_t wide_stride = row_stride(block, sizeof(float));
+            float* wide = static_cast<float*>(scratch(1, count * wide_stride * sizeof(float)));
+            for (int64_t at = 0; at < k; at += block) {
+                const int64_t columns = least(block, k - at);
+                for (int64_t i = 0; i < count; i++) widen_int8(q + i * k + at, columns, wide + i * wide_stride);
+                add_products<Fp32>(
+                    x + at, stride, scale, rows, wide, wide_stride, count, columns, NO_OFFSETS, sums, {});
+            }
+        }
+        finish(a, sums, row, rows, first, count);
+    });
+}
+
+#if FEWBITS_INTEGERS
+// ROW_BLOCK rows from ``row`` on, x in 8 bits; absmax: by row of x
+void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float* absmax, const Outliers& outliers) {
+    const int64_t n = a.w.n, k = a.w.k, stride = row_stride(k, sizeof(Code));
+    const int64_t all = rows * a.digits;
+    Code* codes = static_cast<Code*>(scratch(6, all * stride * sizeof(Code)));
+    float* scale = static_cast<float*>(scratch(7, (all + rows * outliers.count) * sizeof(float)));
+    float* kept = scale + all;  // x in the columns with outliers [rows, count]
+    parallel_for(threads_for(a), rows, [&](int64_t m) {
+        float* x = static_cast<float*>(scratch(0, k * sizeof(float)));
+        Code *first = codes + m * stride, *second = a.digits > 1 ? first + rows * stride : nullptr;
+        widen(a.dtype, a.x, (row + m) * a.x_stride, k, x);
+        quantize_row(x, k, absmax[row + m], a.digits, first, second);
+        scale[m] = absmax[row + m] * (1.0f / 127);
+        if (second != nullptr) scale[rows + m] = scale[m] * (1.0f / 254);
+        for (int64_t i = 0; i < outliers.count; i++) {
+            const int64_t column = outliers.columns[i];
+            kept[m * outliers.count + i] = x[column];
+            first[column] = Integers::OFFSET;
+            if (second != nullptr) second[column] = Integers::OFFSET;
+        }
+        for (int64_t i = k; i < stride; i++) {
+            first[i] = Integers::OFFSET;
+            if (second != nullptr) second[i] = Integers::OFFSET;
+        }
+    });
+
+    const int64_t panel = panel_rows(a.w, a.threads), block = column_block(k, Integers::ROWS * sizeof(Code));
+    parallel_for(a.threads, ceil_div(n, panel), [&](int64_t index) {
+        const int64_t first = index * panel, count = least(panel, n - first), next = first + panel * a.threads;
+        float* sums = static_cast<float*>(scratch(0, (rows + 1) * PANEL * sizeof(float)));
+        memset(sums, 0, rows * PANEL * sizeof(float));
+        const int8_t* q = a.w.q + first * k;
+        // while this panel is multiplied, the one that this thread probably takes next comes
+        const Ahead ahead = {reinterpret_cast<const char*>(a.w.q + next * k), most(least(panel, n - next), 0) * k / 64};
+        const int64_t parts = ceil_div(k, block) * a.digits;
+        int32_t offsets[PANEL] = {};
+        for (int64_t at = 0, part = 0; at < k; at += block) {
+            const int64_t columns = least(block, k - at);
+#if FEWBITS_AVX512
+            row_offsets(q + at, k, count, columns, offsets);
+#endif
+            for (int64_t digit = 0; digit < a.digits; digit++, part++)
+                add_products<Integers>(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, q + at,
+                                       k, count, columns, offsets, sums, ahead.part(part, parts));
+        }
+        if (outliers.count) {
+            float* w = static_cast<float*>(scratch(1, outliers.count * PANEL * sizeof(float)));
+            memset(w, 0, outliers.count * PANEL * sizeof(float));
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t j = 0; j < outliers.count; j++) w[j * PANEL + i] = q[i * k + outliers.columns[j]];
+            for (int64_t at = 0; at < count; at += WIDTH)
+                add_outer(kept, outliers.count, rows, w + at, PANEL, outliers.count, sums + at, PANEL);
+        }
+        finish(a, sums, row, rows, first, count);
+    });
+}
+#endif
+
+}  // namespace
+
+void linear_int8(const LinearInt8& a) {
+    bool quantized = false;
+#if FEWBITS_INTEGERS
+    const int64_t k = a.w.k;
+    float* absmax = nullptr;
+    Outliers outliers = {};
+    if (a.rows > FEW_ROWS && a.threshold > 0) {
+        absmax = static_cast<float*>(scratch(4, (a.rows + k) * sizeof(float) + k));
+        outliers.columns = reinterpret_cast<int32_t*>(absmax + a.rows);
+        uint8_t* marks = reinterpret_cast<uint8_t*>(outliers.columns + k);
+        memset(marks, 0, k);
+        parallel_for(threads_for(a), a.rows, [&](int64_t m) {
+            float* x = static_cast<float*>(scratch(0, k * sizeof(float)));
+            widen(a.dtype, a.x, m * a.x_stride, k, x);
+            absmax[m] = find_outliers(x, k, static_cast<float>(a.threshold), marks);
+        });
+        for (int64_t i = 0; i < k; i++)
+            if (marks[i]) outliers.columns[outliers.count++] = static_cast<int32_t>(i);
+        quantized = outliers.count * OUTLIERS <= k;
+    }
+#endif
+    for (int64_t row = 0; row < a.rows; row += ROW_BLOCK) {
+        const int64_t rows = least(ROW_BLOCK, a.rows - row);
+#if FEWBITS_INTEGERS
+        if (quantized) linear_integers(a, row, rows, absmax, outliers);
+#endif
+        if (!quantized) linear_fp32(a, row, rows);
+    }
+}
+
+// ------------------------------------------------------------------------------------------ the other way, decoding
+
+namespace {
+
+constexpr int64_t T_COLUMNS = 256;  // of q, that a task takes, at most
+constexpr int64_t T_DEPTH = 64;     // rows of q that are made fp32 at a time
+constexpr int64_t T_ROWS = 128;     // of g, that a task takes, at most
+
+}  // namespace
+
+// out [rows, k] = x [rows, n] W: outer products of x * absmax / 127, whose rows are long, and rows of q
+void linear_int8_t(const LinearInt8& a) {
+    const int64_t n = a.w.n, k = a.w.k;
+    int64_t columns = T_COLUMNS;
+    while (columns > WIDTH && ceil_div(k, columns) < 4 * a.threads) columns /= 2;
+    for (int64_t row = 0; row < a.rows; row += ROW_BLOCK) {
+        const int64_t block = least(ROW_BLOCK, a.rows - row);
+        float* x = static_cast<float*>(scratch(4, block * n * sizeof(float)));
+        parallel_for(a.threads, block, [&](int64_t m) {
+            float* of_row = x + m * n;
+            widen(a.dtype, a.x, (row + m) * a.x_stride, n, of_row);
+            for (int64_t i = 0; i < n; i++) of_row[i] *= a.w.absmax[i] * (1.0f / 127);
+        });
+        const int64_t strips = ceil_div(k, columns);
+        parallel_for(a.threads, strips * ceil_div(block, T_ROWS), [&](int64_t index) {
+            const int64_t first = index % strips * columns, count = least(columns, k - first);
+            const int64_t from = index / strips * T_ROWS, rows = least(T_ROWS, block - from);
+            float* sums = static_cast<float*>(scratch(0, rows * columns * sizeof(float)));
+            float* wide = static_cast<float*>(scratch(1, T_DEPTH * columns * sizeof(float)));
+            memset(sums, 0, rows * columns * sizeof(float));
+            memset(wide, 0, T_DEPTH * columns * sizeof(float));  // what is past the last column
+            for (int64_t at = 0; at < n; at += T_DEPTH) {
+                const int64_t depth = least(T_DEPTH, n - at);
+                for (int64_t i = 0; i < depth; i++) widen_int8(a.w.q + (at + i) * k + first, count, wide + i * columns);
+                for (int64_t c = 0; c < count; c += WIDTH)
+                    add_outer(x + from * n + at, n, rows, wide + c, columns, depth, sums + c, columns);
+            }
+            for (int64_t m = 0; m < rows; m++)
+                narrow(a.dtype, sums + m * columns, count, a.out, (row + from + m) * k + first);
+        });
+    }
+}
+
+void dequantize_int8(const DequantizeInt8& a) {
+    const int64_t k = a.w.k, rows = most(1, (1 << 16) / most(k, 1));  // in a task
+    parallel_for(a.threads, ceil_div(a.w.n, rows), [&](int64_t index) {
+        for (int64_t row = index * rows; row < least((index + 1) * rows, a.w.n); row++)
+            decode_int8(a.w, row, a.dtype, a.out, row * k);
+    });
+}
+
+}  // namespace FEWBITS_LEVEL
+}  // namespace fewbits
