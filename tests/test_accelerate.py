@@ -126,8 +126,10 @@ def test_the_empty_model_serves_many_times(checkpoints: dict[str, Path]) -> None
             model = load_and_quantize_model(empty_model, config, checkpoints["gpt"])
             assert on_meta(empty_model)
             assert torch.equal(first.setdefault(form, outputs(model)), outputs(model))
-    assert torch.equal(first.pop("8bit-no-outliers"), first["8bit"])  # no activation of this model reaches 6
-    assert len({tuple(out.flatten().tolist()) for out in first.values()}) == len(first)
+    # no activation of this model reaches 6; without a threshold kernels may leave x as it is, else it is in 127ths
+    without = first["8bit-no-outliers"]
+    assert (without - first["8bit"]).abs().max() <= 4 / 127 * without.abs().max()
+    assert len({tuple(out.flatten().tolist()) for out in first.values()}) >= len(first) - 1
 
 
 def test_tied_weights_made_empty_stay_tied(tmp_path: Path, checkpoints: dict[str, Path]) -> None:

@@ -1,11 +1,12 @@
 """The CPU backend: native kernels in C++, compiled with the package for several instruction sets, chosen as it runs.
 
 They run on torch's own threads, as many as :func:`torch.get_num_threads` says, and without the GIL. ``FEWBITS_CPU``
-(avx512_bf16, avx512, avx2, neon, portable) forces an instruction set; without it the best that the CPU has is taken.
+(avx512_bf16, avx512, avx2, neon, portable) forces an instruction set; without it the fastest is taken.
 What is not served here (dtypes beside fp32, fp16 and bf16) is left to the reference, by returning ``NotImplemented``.
 
 4 bits: values of codes and scales are fp32, sums are fp32, and the output is rounded once. With instructions for bf16,
-and inputs in bf16, the weight is rounded to bf16.
+and inputs in bf16, the weight is rounded to bf16; so it is for many rows where torch has matrix units (AMX) for bf16:
+there it is dequantized, and torch multiplies.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from fewbits.errors import ConfigError
 from fewbits.kernels.codebooks import codebook, decision_rule
+from fewbits.kernels.pieces import many_rows, many_rows_t
 from fewbits.kernels.reference import NESTED_BLOCK, _nearest
 
 DEVICE_TYPES = ("cpu",)
@@ -32,6 +34,7 @@ DEVICE_TYPES = ("cpu",)
 _LIBRARY = Path(__file__).with_name("cpu") / "libfewbits_cpu.so"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of cpu/kernels.h
 _CPU = torch.device("cpu")
+_MATRIX_ROWS = 32  # from which on matrix units make up for dequantizing (measured on Sapphire Rapids)
 
 # ------------------------------------------------------------------------------------------------- the library
 
@@ -54,8 +57,9 @@ def _library() -> ctypes.CDLL:
     library.fewbits_set_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     library.fewbits_set_threads.restype = None
     library.fewbits_set_threads(_torch_openmp("GOMP_parallel"), _torch_openmp("omp_in_parallel"))
-    level = os.environ.get("FEWBITS_CPU") or _levels(library)[0]
-    _use_level(library, level)
+    library.fewbits_best_level.restype = ctypes.c_char_p
+    library.fewbits_best_level.argtypes = []
+    _use_level(library, os.environ.get("FEWBITS_CPU") or library.fewbits_best_level().decode())
     return library
 
 
@@ -101,7 +105,7 @@ def check() -> None:
 
 
 def levels() -> list[str]:
-    """The instruction sets that the library was built for and this CPU has, the best first."""
+    """The instruction sets that the library was built for and this CPU has, those with more instructions first."""
     return _levels(_library())
 
 
@@ -221,6 +225,8 @@ def linear_4bit(
     if x.shape[-1] != k:
         return NotImplemented
     weight = _weight_4bit(packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
+    if weight is not None and n and _for_matrix_units(x, k, block_size):
+        return many_rows(x, bias, n, k, functools.partial(_dequantize_rows, weight[0]))
     return _product_4bit("linear_4bit", x, weight, bias, n)
 
 
@@ -238,7 +244,34 @@ def linear_4bit_t(
     if g.shape[-1] != n:
         return NotImplemented
     weight = _weight_4bit(packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
+    if weight is not None and n and _for_matrix_units(g, k, block_size):
+        return many_rows_t(g, n, k, functools.partial(_dequantize_rows, weight[0]))
     return _product_4bit("linear_4bit_t", g, weight, None, k)
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    """Whether torch multiplies bf16 with AMX."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported is not None and supported())
+
+
+def _for_matrix_units(x: Tensor, k: int, block_size: int) -> bool:
+    """Whether torch shall multiply. Pieces are multiples of 128 rows, which have to begin where scales' scales do."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    aligned = k > 0 and 128 * k % (NESTED_BLOCK * block_size) == 0 and k % block_size == 0
+    return x.dtype is torch.bfloat16 and rows >= _MATRIX_ROWS and aligned and _has_matrix_units()
+
+
+def _dequantize_rows(fields: tuple[int, ...], rows: slice, out: Tensor) -> None:
+    packed, absmax, nested, offset, dynamic, values, block_size, _, k = fields
+    block = rows.start * k // block_size
+    done = _run(
+        "dequantize_4bit", f"{_WEIGHT_4BIT}P2q", packed + rows.start * k // 2, absmax + block * (1 if nested else 4),
+        nested and nested + block // NESTED_BLOCK * 4, offset, dynamic, values, block_size, rows.stop - rows.start, k,
+        out.data_ptr(), _DTYPES[out.dtype],
+    )  # fmt: skip
+    assert done, "every level has it"
 
 
 def dequantize_4bit(
