@@ -53,6 +53,10 @@ SPEEDUPS = {
 }
 READ, COPY, DOUBLE = 0.85, 0.7, 1.05
 OF_BEST = {"avx2": {1: 0.6, 256: 0.3}}  # of the best level's speed in nf4
+# torch's own products are held to the same instructions
+ALIKE = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
 QUANTIZED = {"nf4-dq": 10e9, "int8": 15e9}  # bytes of bf16 a second and core
 
 Call = Callable[[int], object]
@@ -215,7 +219,7 @@ def at_level(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """nf4 in a process of its own, with the instruction set forced."""
     command = [sys.executable, str(Path(__file__).with_name("linear.py")), "--device", "cpu", "--child"]
     command += ["--formats", "nf4", "--rows", *map(str, LEVEL_ROWS), "--shapes", args.shapes[0]]
-    environment = {**os.environ, "FEWBITS_CPU": name}
+    environment = {**os.environ, "FEWBITS_CPU": name, **ALIKE.get(name, {})}
     command += ["--seconds", str(args.seconds)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -59,12 +59,15 @@ def gpt2_xl() -> str:
 
 
 def linear() -> str:
+    result = _load("linear-cpu.json")
+    titles = {"nf4": "nf4", **_FORMATS}
     return _table(
-        ("4096 × 4096, 2 CPU cores, bf16 input, µs a call", "rows", "bf16 torch", "bitsandbytes", "fewbits", "× peer"),
+        (f"4096 × 4096, 2 CPU cores ({result['level']}), bf16 input, µs", "rows", "torch bf16", "torch fp32",
+         "bitsandbytes", "fewbits", "bf16's time / fewbits'", "bitsandbytes' / fewbits'"),
         (
-            (row["format"], str(row["rows"]), *(f"{row[who]:.0f}" for who in ("torch", "peer", "ours")),
-             f"{row['ours'] / row['peer']:.1f}")
-            for row in _load("linear-cpu.json")["rows"]
+            (titles[row["format"]], str(row["rows"]), *(f"{us[who]:.0f}" for who in ("bf16", "fp32", "peer", "ours")),
+             *(f"{us[who] / us['ours']:.1f}" for who in ("bf16", "peer")))
+            for row in result["rows"] if row["shape"] == [4096, 4096] for us in [row["us"]]
         ),
     )  # fmt: skip
 
