@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbits.kernels import codebooks, cpu_backend, pieces, reference
+from fewbits.kernels import codebooks, cpu_backend, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -36,12 +36,6 @@ SHAPES = [
     (150, 328),
     (2, 4096),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _own_products(monkeypatch):
-    """Products by the kernels alone, also where torch has matrix units."""
-    monkeypatch.setattr(cpu_backend, "_has_matrix_units", lambda: False)
 
 
 @pytest.fixture(params=LEVELS)
@@ -101,30 +95,6 @@ def test_dequantizing_keeps_numbers_that_are_not_finite_and_those_near_zero(leve
         arguments = packed, absmax, None, None, "nf4", 64, [2, 128], dtype
         expected, found = reference.dequantize_4bit(*arguments), cpu_backend.dequantize_4bit(*arguments)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("kind", [("nf4", 64, False), ("nf4", 64, True), ("fp4", 32, True)], ids=str)
-def test_many_rows_where_torch_has_matrix_units(kind, monkeypatch):
-    """The weight is dequantized, in pieces that begin anywhere the scales allow, and torch multiplies."""
-    monkeypatch.setattr(cpu_backend, "_has_matrix_units", lambda: True)
-    monkeypatch.setattr(pieces, "_scratch_bytes", lambda device, rows: 150 * 128 * 2)
-    n, k = 700, 256
-    state, spec, w = _weight(kind, (n, k))
-    x, g = torch.randn(40, k, dtype=torch.bfloat16), torch.randn(40, n, dtype=torch.bfloat16)
-    bias = torch.randn(n)
-    kernel = cpu_backend._product_4bit
-    monkeypatch.setattr(cpu_backend, "_product_4bit", lambda *_: pytest.fail("the kernel ran"))
-    for found, a, b, plus in (
-        (cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), 0.0),
-        (cpu_backend.linear_4bit(x, *state, bias, *spec), x, w.t(), bias.double()),
-        (cpu_backend.linear_4bit_t(g, *state, *spec), g, w, 0.0),
-    ):
-        exact, magnitude = a.double() @ b + plus, a.double().abs() @ b.abs() + abs(plus)
-        # the weight, the bias and the sums of each piece are rounded, and the result
-        assert ((found.double() - exact).abs() <= 2.0**-8 * (4 * magnitude + exact.abs()) + 1e-6).all()
-    monkeypatch.setattr(cpu_backend, "_product_4bit", kernel)
-    few = cpu_backend.linear_4bit(x[:31], *state, None, *spec)
-    assert (few.double() - x[:31].double() @ w.t()).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,8 +5,7 @@ They run on torch's own threads, as many as :func:`torch.get_num_threads` says, 
 What is not served here (dtypes beside fp32, fp16 and bf16) is left to the reference, by returning ``NotImplemented``.
 
 4 bits: values of codes and scales are fp32, sums are fp32, and the output is rounded once. With instructions for bf16,
-and inputs in bf16, the weight is rounded to bf16; so it is for many rows where torch has matrix units (AMX) for bf16:
-there it is dequantized, and torch multiplies.
+and inputs in bf16, the weight is rounded to bf16.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from fewbits.errors import ConfigError
 from fewbits.kernels.codebooks import codebook, decision_rule
-from fewbits.kernels.pieces import many_rows, many_rows_t
 from fewbits.kernels.reference import NESTED_BLOCK, _nearest
 
 DEVICE_TYPES = ("cpu",)
@@ -34,7 +32,6 @@ DEVICE_TYPES = ("cpu",)
 _LIBRARY = Path(__file__).with_name("cpu") / "libfewbits_cpu.so"
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType of cpu/kernels.h
 _CPU = torch.device("cpu")
-_MATRIX_ROWS = 32  # from which on matrix units make up for dequantizing (measured on Sapphire Rapids)
 
 # ------------------------------------------------------------------------------------------------- the library
 
@@ -225,8 +222,6 @@ def linear_4bit(
     if x.shape[-1] != k:
         return NotImplemented
     weight = _weight_4bit(packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
-    if weight is not None and n and _for_matrix_units(x, k, block_size):
-        return many_rows(x, bias, n, k, functools.partial(_dequantize_rows, weight[0]))
     return _product_4bit("linear_4bit", x, weight, bias, n)
 
 
@@ -244,34 +239,7 @@ def linear_4bit_t(
     if g.shape[-1] != n:
         return NotImplemented
     weight = _weight_4bit(packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
-    if weight is not None and n and _for_matrix_units(g, k, block_size):
-        return many_rows_t(g, n, k, functools.partial(_dequantize_rows, weight[0]))
     return _product_4bit("linear_4bit_t", g, weight, None, k)
-
-
-@functools.cache
-def _has_matrix_units() -> bool:
-    """Whether torch multiplies bf16 with AMX."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(supported is not None and supported())
-
-
-def _for_matrix_units(x: Tensor, k: int, block_size: int) -> bool:
-    """Whether torch shall multiply. Pieces are multiples of 128 rows, which have to begin where scales' scales do."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    aligned = k > 0 and 128 * k % (NESTED_BLOCK * block_size) == 0 and k % block_size == 0
-    return x.dtype is torch.bfloat16 and rows >= _MATRIX_ROWS and aligned and _has_matrix_units()
-
-
-def _dequantize_rows(fields: tuple[int, ...], rows: slice, out: Tensor) -> None:
-    packed, absmax, nested, offset, dynamic, values, block_size, _, k = fields
-    block = rows.start * k // block_size
-    done = _run(
-        "dequantize_4bit", f"{_WEIGHT_4BIT}P2q", packed + rows.start * k // 2, absmax + block * (1 if nested else 4),
-        nested and nested + block // NESTED_BLOCK * 4, offset, dynamic, values, block_size, rows.stop - rows.start, k,
-        out.data_ptr(), _DTYPES[out.dtype],
-    )  # fmt: skip
-    assert done, "every level has it"
 
 
 def dequantize_4bit(
