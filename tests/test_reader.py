@@ -128,6 +128,7 @@ def assert_nothing_left(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(tmp_path: Path) -> Iterator[None]:
+    gc.collect()  # models of other files' tests
     assert_nothing_left(tmp_path)
     yield
     assert_nothing_left(tmp_path)
