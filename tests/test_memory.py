@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewbits import place
+from fewbits.kernels import from_files
 
 MB = 1 << 20
 LAYERS, WIDTH = 32, 1024  # 32 weights of 4 MiB in fp32: 128 MiB
@@ -94,9 +95,12 @@ def test_loading_holds_the_result_and_what_is_read_ahead(format, weights):
     # as glibc begins, but not as it goes on: every larger block goes back to the system at once, so that what the
     # process has is what is held
     found = _measure(f"load-{format}", weights, MALLOC_MMAP_THRESHOLD_=str(128 << 10))
-    # the tensor in hand counts to what is read ahead; the last MiB is for objects and the stacks of threads
-    assert found["peak"] <= found["model"] + AHEAD + WHILE_QUANTIZED + MB
+    # the last MiB is for objects, the stacks of threads, and the half that a thread reads into
     assert found["after"] <= found["model"] + MB
+    if from_files() is not None:  # a huge page may be there as a whole before it is needed
+        assert found["peak"] <= found["model"] + 2 * MB + MB
+    # the tensor in hand counts to what is read ahead
+    assert found["peak"] <= found["model"] + AHEAD + WHILE_QUANTIZED + MB
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")

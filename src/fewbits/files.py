@@ -8,13 +8,14 @@ opened with ``weights_only=True`` and mapped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path, PureWindowsPath
@@ -106,22 +107,25 @@ class OpenFiles:
             self._handles.popitem()[1].close()
 
 
-def read_into(stored: StoredTensor, view: memoryview, start: int = 0, files: OpenFiles | None = None) -> None:
-    """Fill ``view`` with the file's bytes from ``start`` after where the tensor's begin.
+@contextlib.contextmanager
+def unchanged(stored: StoredTensor, files: OpenFiles | None = None) -> Iterator[FileIO]:
+    """The file of a tensor, open, and still the same before and after what is read from it meanwhile.
 
     Raises:
-        CheckpointError: the file cannot be read, was replaced, or ends early.
+        CheckpointError: the file cannot be read, was replaced, or (at an EOFError) ends early.
     """
-    done, kept = 0, files or OpenFiles()
+    kept = files or OpenFiles()
     try:
         handle = kept.open(stored.file)
         if stored.stamp is not None and stamp(stored.file) != stored.stamp:
             raise _replaced(stored.file)
-        handle.seek(stored.offset + start)
-        while done < len(view) and (count := handle.readinto(view[done:])):
-            done += count
-        if stored.stamp is not None and done == len(view):  # nor was it written over meanwhile
+        yield handle
+        if stored.stamp is not None:  # nor was it written over meanwhile
             check_stamp(stored.file, handle.fileno(), stored.stamp)
+    except EOFError:
+        raise CheckpointError(
+            "the file ended before its tensor did: it was cut off while being read", file=stored.file
+        ) from None
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -129,8 +133,22 @@ def read_into(stored: StoredTensor, view: memoryview, start: int = 0, files: Ope
     finally:
         if files is None:
             kept.close()
-    if done < len(view):
-        raise CheckpointError("the file ended before its tensor did: it was cut off while being read", file=stored.file)
+
+
+def read_into(stored: StoredTensor, view: memoryview, start: int = 0, files: OpenFiles | None = None) -> None:
+    """Fill ``view`` with the file's bytes from ``start`` after where the tensor's begin.
+
+    Raises:
+        CheckpointError: see :func:`unchanged`.
+    """
+    done = 0
+    with unchanged(stored, files) as handle:
+        handle.seek(stored.offset + start)
+        while done < len(view):
+            count = handle.readinto(view[done:])
+            if not count:
+                raise EOFError
+            done += count
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ConfigError
-from fewbits.kernels import ops
+from fewbits.kernels import from_files, ops
 from fewbits.kernels.reference import NESTED_BLOCK, decode_absmax
+from fewbits.memory import Arena, FilePart
 
 INNER_NAMES = ("packed", "absmax", "nested_absmax", "nested_offset")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -137,14 +138,38 @@ def quantized_bytes(spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> int
 
 def quantize_inner(w: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     """Quantize a floating-point tensor of any shape to the inner tensors of ``spec``, on its own device."""
-    shapes = inner_shapes(spec, w.shape)
     if not FORMATS[spec.format].blocked:
-        packed, absmax = ops.quantize_int8(w)
-        return {"packed": packed, "absmax": absmax}
-    packed, absmax = ops.quantize_4bit(w, spec.format, spec.block_size)
+        return _inner(spec, w.shape, *ops.quantize_int8(w))
+    return _inner(spec, w.shape, *ops.quantize_4bit(w, spec.format, spec.block_size))
+
+
+def quantize_inner_from(w: FilePart, spec: QuantSpec, arena: Arena) -> tuple[dict[str, Tensor], float]:
+    """:func:`quantize_inner` of what lies in a file, to the CPU, and its largest absolute value, NaN if it has one.
+
+    It is read a little at a time: it never exists in memory. Only where :func:`fewbits.kernels.from_files` says so.
+
+    Raises:
+        OSError: it cannot be read.
+        EOFError: the file ends before.
+    """
+    backend = from_files()
+    assert backend is not None
+    (dtype, shape), (_, scales) = (inner_shapes(spec, w.shape)[name] for name in ("packed", "absmax"))
+    packed = arena.empty(shape, dtype)
+    if not FORMATS[spec.format].blocked:
+        absmax = arena.empty(scales, torch.float32)
+        largest = backend.quantize_int8_to(w, packed, absmax)
+    else:  # with double quantization the scales in fp32 do not stay
+        absmax = (arena.scratch if spec.double_quant else arena.empty)(scales, torch.float32)
+        largest = backend.quantize_4bit_to(w, spec.format, spec.block_size, packed, absmax)
+    return _inner(spec, w.shape, packed, absmax), largest
+
+
+def _inner(spec: QuantSpec, shape: tuple[int, ...], packed: Tensor, absmax: Tensor) -> dict[str, Tensor]:
     inner = {"packed": packed, "absmax": absmax}
-    if spec.double_quant:
+    if spec.double_quant and FORMATS[spec.format].blocked:
         inner["absmax"], inner["nested_absmax"], inner["nested_offset"] = ops.quantize_absmax(absmax)
+    shapes = inner_shapes(spec, shape)
     return {name: tensor.view(shapes[name][1]) for name, tensor in inner.items()}
 
 

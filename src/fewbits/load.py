@@ -18,8 +18,10 @@ from fewbits.config import QuantizationConfig, as_config
 from fewbits.decide import STRATEGIES, make_plan
 from fewbits.devices import MaxMemory, check_devices, device_name
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
+from fewbits.files import OpenFiles, StoredTensor
 from fewbits.hf import record_config, renaming
 from fewbits.match import Source, Target, ignored_by, match
+from fewbits.memory import Arena
 from fewbits.meta import empty_copy
 from fewbits.modules import quantize_parameter, stores_transposed
 from fewbits.place import Heap, bar, check_values
@@ -28,8 +30,9 @@ from fewbits.reader import Staging
 from fewbits.spread import CPU, Spread
 from fewbits.statedict import decode
 from fewbits.storage import Storage, choose_storage
+from fewbits.stored import can_quantize_stored, in_turn, quantize_stored
 from fewbits.structure import matches
-from fewbits.tensor import not_finite
+from fewbits.tensor import QuantTensor, not_finite
 
 _LOOK = 16 << 20  # bytes of scales on a GPU that are looked at together
 
@@ -140,7 +143,8 @@ def load_into(
                 except FewbitsError as error:
                     error.locate(group[0].source.file)  # type: ignore[union-attr]  # what is read has a source
                     raise
-                size = sum(tensor.nbytes for tensor in tensors.values() if tensor.device == CPU)
+                passed = (t for t in tensors.values() if t.device == CPU and not isinstance(t, QuantTensor))
+                size = sum(tensor.nbytes for tensor in passed)
                 del tensors  # before the next one comes, and before its memory is given back
                 heap.passed(size)
             heap.trim()
@@ -230,7 +234,8 @@ def _read(
     """Stream the sources: for each, all the targets that it is for and its tensors by role, once they are all there.
 
     Each list of targets is one tensor in the model afterwards: what shares its bytes on disk shares them again, unless
-    it is to be stored in different ways, or to lie on different devices.
+    it is to be stored in different ways, or to lie on different devices. A weight that a CPU quantizes from its file
+    comes so, last.
     """
     users: dict[tuple[object, ...], list[Target]] = {}
     for target in targets:
@@ -241,11 +246,18 @@ def _read(
     parts: dict[int, dict[str, Tensor]] = {}
     devices: dict[str, torch.device] = {}
     complete = []
+    in_files: list[tuple[StoredTensor, list[Target]]] = []
     for group in users.values():
         first, source = group[0], group[0].source
         assert source is not None
         ready = parts[id(group)] = {**source.known}
         ready_as_stored = not first.is_buffer and _is_ready(source, storage[first.path])
+        if source.spec is None and not first.is_buffer and spread.works_on(first.path, ready=ready_as_stored) == CPU:
+            stored, owner = checkpoint.tensors[source.group.keys["weight"]], first.owners[0]
+            spec = storage[first.path].spec
+            if can_quantize_stored(stored, spec) and not stores_transposed(owner.module, owner.name):
+                in_files.append((stored, group))
+                continue
         there = spread.stays_in_checkpoint(first.path, source, checkpoint) if ready_as_stored else []
         for role, key in source.group.keys.items():
             if role in ready:
@@ -259,7 +271,8 @@ def _read(
                 devices.setdefault(name, spread.works_on(first.path, ready=ready_as_stored))
         if len(ready) == len(source.group.keys):
             complete.append(group)
-    total = sum(checkpoint.tensors[name].nbytes for name in awaiting)
+    in_files.sort(key=lambda item: (str(item[0].file), item[0].offset))
+    total = sum(checkpoint.tensors[name].nbytes for name in awaiting) + sum(stored.nbytes for stored, _ in in_files)
     for group in complete:
         yield group, parts.pop(id(group))
     stream = checkpoint.stream(awaiting, lambda name: devices.get(name, CPU), staging)
@@ -274,6 +287,13 @@ def _read(
                     yield group, parts.pop(id(group))
                 del ready
             del tensor
+        with contextlib.closing(OpenFiles()) as files, contextlib.closing(Arena()) as arena:
+            turns = in_turn([stored for stored, _ in in_files], files)
+            for stored, (_, group) in zip(turns, in_files, strict=True):
+                shown.set_postfix_str(stored.file.name, refresh=False)
+                path = group[0].path
+                yield group, {"weight": quantize_stored(stored, storage[path], path, arena, files)}
+                shown.update(stored.nbytes)
 
 
 def _is_ready(source: Source, storage: Storage) -> bool:
@@ -319,10 +339,12 @@ def _assign(
             owner.module._buffers[owner.name] = buffer
         return
     kept = storage[first.path]
-    if source.group.format is None:
+    if source.group.format is None and not isinstance(weight, QuantTensor):
         check_values(weight, kept, first.path, CheckpointError)
     value: Tensor
-    if source.group.format is not None:
+    if isinstance(weight, QuantTensor):
+        value = weight.relabelled(kept.dtype or weight.dtype)
+    elif source.group.format is not None:
         assert kept.spec is not None
         assert kept.dtype is not None
         decoded = decode(source.group, tensors, kept.dtype, label=first.path, threshold=kept.spec.threshold)

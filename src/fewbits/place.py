@@ -19,14 +19,18 @@ from fewbits.tensor import QuantTensor
 _HELD = 32 << 20  # bytes of tensors worked through before freed memory goes back to the system
 
 
+def limit_of(storage: Storage, dtype: torch.dtype) -> float:
+    """The largest magnitude that a parameter of this dtype may have, stored so."""
+    if storage.spec is not None:
+        return torch.finfo(torch.float16 if storage.spec.format == "int8" else torch.float32).max
+    return torch.finfo(storage.dtype or dtype).max
+
+
 def check_values(value: Tensor, storage: Storage, path: str, error: type[FewbitsError] = ConfigError) -> None:
     """Raise ``error``, which names the parameter, for a value that is not finite or beyond what it is to become."""
     if not value.is_floating_point() or value.numel() == 0:
         return
-    if storage.spec is not None:
-        limit = torch.finfo(torch.float16).max if storage.spec.format == "int8" else torch.finfo(torch.float32).max
-    else:
-        limit = torch.finfo(storage.dtype or value.dtype).max
+    limit = limit_of(storage, value.dtype)
     low, high = torch.stack(torch.aminmax(value)).tolist()  # NaN if any value is; and no copy of the tensor is made
     if not (-limit <= low and high <= limit):
         into = str(storage.spec) if storage.spec is not None else str(storage.dtype or value.dtype)

@@ -91,6 +91,11 @@ def backend_for(device_type: str) -> str:
     return _chain(device_type, _forced)[0]
 
 
+def from_files() -> ModuleType | None:
+    """The backend that quantizes what lies in files (``quantize_4bit_to``, ``quantize_int8_to``), if it is in use."""
+    return _load("cpu") if backend_for("cpu") == "cpu" and os.name == "posix" else None
+
+
 @functools.cache
 def _chain(device_type: str, forced: str | None) -> tuple[str, ...]:
     """Backends to ask, in this order: each may leave what it does not serve to the next."""

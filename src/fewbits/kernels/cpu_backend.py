@@ -26,6 +26,7 @@ from torch import Tensor
 from fewbits.errors import ConfigError
 from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.reference import NESTED_BLOCK, _nearest
+from fewbits.memory import FilePart
 
 DEVICE_TYPES = ("cpu",)
 
@@ -263,19 +264,48 @@ def dequantize_4bit(
 # ------------------------------------------------------------------------------------------------- quantizing
 
 
+_SOURCE = "P3q"  # Source of cpu/kernels.h
+_FOUND = struct.Struct("=f4xq")  # Found; of its first field, bits of fp32, the low half
+
+
+def _source(w: Tensor | FilePart) -> tuple[int, ...]:
+    if isinstance(w, Tensor):
+        return w.data_ptr(), -1, 0, _DTYPES[w.dtype]
+    return 0, w.file, w.offset, _DTYPES[w.dtype]
+
+
+def _quantize(name: str, arguments: str, w: Tensor | FilePart, *values: Any) -> float:
+    """Run a kernel that quantizes ``w``, and give its largest absolute value, NaN if it has one."""
+    found = ctypes.create_string_buffer(_FOUND.size)
+    _run(name, f"{_SOURCE}{arguments}Pq", *_source(w), *values, ctypes.addressof(found))
+    largest, error = _FOUND.unpack(found.raw)
+    if error:
+        raise OSError(error, os.strerror(error)) if error > 0 else EOFError("the file ended")
+    return float(largest)
+
+
+def quantize_4bit_to(w: Tensor | FilePart, format: str, block_size: int, packed: Tensor, absmax: Tensor) -> float:
+    """:func:`quantize_4bit` of a contiguous tensor or of what lies in a file, to tensors that are there.
+
+    Gives the largest absolute value, NaN if there is one.
+
+    Raises:
+        OSError: the file cannot be read.
+        EOFError: it ends before.
+    """
+    bounds, codes = decision_rule(format, _CPU)
+    pointers = bounds.data_ptr(), codes.data_ptr(), packed.data_ptr(), absmax.data_ptr()
+    return _quantize("quantize_4bit", "2q4P", w, w.numel(), block_size, *pointers)
+
+
 def quantize_4bit(w: Tensor, format: str, block_size: int) -> Any:
     n = w.numel()
     if not n or w.dtype not in _DTYPES or block_size % 2:
         return NotImplemented
-    w = w.contiguous()
-    bounds, codes = decision_rule(format, _CPU)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=_CPU)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=_CPU)
-    done = _run(
-        "quantize_4bit", "P3q4Pq", w.data_ptr(), _DTYPES[w.dtype], n, block_size,
-        bounds.data_ptr(), codes.data_ptr(), packed.data_ptr(), absmax.data_ptr(),
-    )  # fmt: skip
-    return (packed, absmax) if done else NotImplemented
+    quantize_4bit_to(w.contiguous(), format, block_size, packed, absmax)
+    return packed, absmax
 
 
 @functools.cache
@@ -297,14 +327,18 @@ def quantize_absmax(absmax: Tensor) -> Any:
     return (codes, nested, offset) if done else NotImplemented
 
 
+def quantize_int8_to(w: Tensor | FilePart, q: Tensor, absmax: Tensor) -> float:
+    """:func:`quantize_int8`, as :func:`quantize_4bit_to`."""
+    return _quantize("quantize_int8", "2q2P", w, absmax.numel(), q.shape[-1], q.data_ptr(), absmax.data_ptr())
+
+
 def quantize_int8(w: Tensor) -> Any:
     if not w.numel() or w.dtype not in _DTYPES or not w.dim():
         return NotImplemented
-    w, k = w.contiguous(), w.shape[-1]
     q = torch.empty(w.shape, dtype=torch.int8, device=_CPU)
     absmax = torch.empty(w.shape[:-1], dtype=torch.float32, device=_CPU)
-    fields = w.data_ptr(), _DTYPES[w.dtype], absmax.numel(), k, q.data_ptr(), absmax.data_ptr()
-    return (q, absmax) if _run("quantize_int8", "P3q2Pq", *fields) else NotImplemented
+    quantize_int8_to(w.contiguous(), q, absmax)
+    return q, absmax
 
 
 # ------------------------------------------------------------------------------------------------- 8 bits

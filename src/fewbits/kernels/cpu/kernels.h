@@ -83,13 +83,29 @@ struct EmbeddingInt8 {
     int64_t dtype, threads;
 };
 
+// Where the elements to quantize are: in memory, or in a file, from which each thread reads a little at a time, so that
+// what it quantizes is still in its cache and exists nowhere else.
+struct Source {
+    const void* memory;  // contiguous; null: in the file
+    int64_t file;        // a descriptor
+    int64_t offset;      // of the first element's bytes in the file
+    int64_t dtype;
+};
+
+// What a kernel that quantizes has found, besides.
+struct Found {
+    int64_t largest;  // bits of the largest |x| as fp32, those of a NaN if there is one
+    int64_t error;    // errno of reading the file, or -1 for a file that ended
+};
+
 struct Quantize4Bit {
-    const void* w;  // [count], contiguous
-    int64_t dtype, count, block_size;
-    const float* bounds;     // [15], ascending: decision_rule of ../codebooks.py
-    const uint8_t* codes;    // [16], of each interval
-    uint8_t* packed;         // [(count + 1) / 2]
-    float* absmax;           // [ceil(count / block_size)]
+    Source w;  // [count]
+    int64_t count, block_size;
+    const float* bounds;   // [15], ascending: decision_rule of ../codebooks.py
+    const uint8_t* codes;  // [16], of each interval
+    uint8_t* packed;       // [(count + 1) / 2]
+    float* absmax;         // [ceil(count / block_size)]
+    Found* found;
     int64_t threads;
 };
 
@@ -104,10 +120,11 @@ struct QuantizeAbsmax {
 };
 
 struct QuantizeInt8 {
-    const void* w;  // [n, k], contiguous
-    int64_t dtype, n, k;
+    Source w;  // [n, k]
+    int64_t n, k;
     int8_t* q;
     float* absmax;
+    Found* found;
     int64_t threads;
 };
 

@@ -70,6 +70,13 @@ void* scratch(int slot, size_t bytes) {
     return mine.memory[slot];
 }
 
+void keep_larger(int64_t* there, int64_t value) {
+    int64_t known = __atomic_load_n(there, __ATOMIC_RELAXED);
+    while (value > known &&
+           !__atomic_compare_exchange_n(there, &known, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+}
+
 }  // namespace fewbits
 
 // Addresses of the OpenMP runtime's GOMP_parallel and omp_in_parallel.

@@ -15,6 +15,9 @@ void run_parallel(int64_t threads, int64_t count, void (*body)(void* context, in
 // use at once, each has its own slot: 0 to 3 within a parallel body, 4 to 7 outside of it.
 void* scratch(int slot, size_t bytes);
 
+// Keep the larger of what is there and a value, of several threads.
+void keep_larger(int64_t* there, int64_t value);
+
 #ifdef FEWBITS_LEVEL
 namespace FEWBITS_LEVEL {
 

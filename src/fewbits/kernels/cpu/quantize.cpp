@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "reading.h"
 #include "simd.h"
 
 namespace fewbits {
@@ -10,6 +11,30 @@ namespace FEWBITS_LEVEL {
 namespace {
 
 constexpr int64_t ELEMENTS = 1 << 15;  // of a task
+constexpr int64_t BYTES = 1 << 19;     // of one that reads them first, to where they stay in a core's cache
+
+int64_t element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+// body(index of the first element, where it is, count) for parts of a multiple of `unit` elements each, of `count` in
+// all. After an error of reading, which found->error tells, some are left out.
+template <class Body>
+void for_parts(const Source& w, int64_t count, int64_t unit, int64_t threads, Found* found, const Body& body) {
+    const int64_t bytes = element_size(w.dtype);
+    const int64_t size = most(1, (w.memory ? ELEMENTS : BYTES / bytes) / most(unit, 1)) * most(unit, 1);
+    parallel_for(threads, ceil_div(count, size), [&](int64_t index) {
+        const int64_t first = index * size, part = least(size, count - first);
+        if (w.memory) return body(first, static_cast<const char*>(w.memory) + first * bytes, part);
+        if (__atomic_load_n(&found->error, __ATOMIC_RELAXED)) return;
+        char* buffer = static_cast<char*>(scratch(0, static_cast<size_t>(part * bytes)));
+        const int64_t error = read_at(w.file, w.offset + first * bytes, buffer, part * bytes);
+        if (error)
+            __atomic_store_n(&found->error, error, __ATOMIC_RELAXED);
+        else
+            body(first, buffer, part);
+    });
+}
+
+int64_t magnitude(float value) { return to_bits(value) & 0x7fffffff; }  // in the order of |value|, NaN above all
 
 typedef int16_t Halves __attribute__((vector_size(4 * LANES)));
 typedef int32_t Words __attribute__((vector_size(4 * LANES)));
@@ -213,7 +238,7 @@ __attribute__((noinline)) void quantize_rest(
     for (; i < count; i += 2) {
         uint8_t codes[2];
         for (int64_t j = 0; j < 2; j++) {  // the unused last half of a byte holds the code of zero
-            const float x = i + j < count ? load_one(dtype, a.w, first + i + j) : 0.0f;
+            const float x = i + j < count ? load_one(dtype, a.w.memory, first + i + j) : 0.0f;
             codes[j] = search.code(i + j < count ? (divided ? x / factor : x * factor) : 0.0f);
         }
         a.packed[(first + i) / 2] = static_cast<uint8_t>(codes[0] << 4 | codes[1]);
@@ -235,7 +260,7 @@ INLINE void quantize_block(const Quantize4Bit& a, const Search& search, int64_t 
     };
     uint8_t* packed = a.packed + first / 2;
     if (dtype == BFLOAT16) {
-        const char* from = static_cast<const char*>(a.w) + 2 * first;
+        const char* from = static_cast<const char*>(a.w.memory) + 2 * first;
         const auto two = [&](int64_t at) __attribute__((always_inline)) {
             const Words both = (Words)load_ints(from + 4 * at);
             pack(codes_of((Floats)(both << 16)), codes_of((Floats)(both & ~0xffff)), packed + at);
@@ -244,7 +269,7 @@ INLINE void quantize_block(const Quantize4Bit& a, const Search& search, int64_t 
         for (; i + 2 * LANES <= count; i += 2 * LANES, from += 4 * LANES, packed += LANES) two(0);
     }
     for (; i + LANES <= count; i += LANES, packed += LANES / 2)
-        pack(codes_of(load_as<dtype>(a.w, first + i)), packed);
+        pack(codes_of(load_as<dtype>(a.w.memory, first + i)), packed);
 #endif
     if (i < count) quantize_rest<dtype, divided>(a, search, first, i, count, factor);
 }
@@ -252,35 +277,35 @@ INLINE void quantize_block(const Quantize4Bit& a, const Search& search, int64_t 
 INLINE float floored(float absmax) { return absmax < 1e-38f ? 1e-38f : absmax; }  // finite as a divisor
 
 template <int64_t dtype, How how>
-void quantize_blocks(const Quantize4Bit& arguments, const Search& found, int64_t begin, int64_t end) {
+void quantize_blocks(const Quantize4Bit& arguments, const Search& rule) {
     constexpr int64_t BATCH = 16;  // of blocks, whose absmax is found first: no division is waited for
     const Quantize4Bit a = arguments;  // copies: for all that the compiler knows, a byte written may be one of theirs
-    const Search search = found;
-    const int64_t whole = least(end, a.count / a.block_size);
-    for (int64_t batch = begin; batch < whole; batch += BATCH) {
+    const Search search = rule;
+    const int64_t whole = a.count / a.block_size;
+    for (int64_t batch = 0; batch < whole; batch += BATCH) {
         const int64_t blocks = least(BATCH, whole - batch);
         float factors[BATCH];
         for (int64_t i = 0; i < blocks; i++)
-            a.absmax[batch + i] = absmax_of<dtype>(a.w, (batch + i) * a.block_size, a.block_size);
+            a.absmax[batch + i] = absmax_of<dtype>(a.w.memory, (batch + i) * a.block_size, a.block_size);
         for (int64_t i = 0; i < blocks; i++) factors[i] = 1.0f / floored(a.absmax[batch + i]);
         for (int64_t i = 0; i < blocks; i++)
             quantize_block<dtype, how, false>(a, search, (batch + i) * a.block_size, a.block_size, factors[i]);
     }
-    if (whole < end) {  // the last block is not a whole one: bitsandbytes divides it
+    if (whole * a.block_size < a.count) {  // the last block is not a whole one: bitsandbytes divides it
         const int64_t first = whole * a.block_size, count = a.count - first;
-        a.absmax[whole] = floored(absmax_of<dtype>(a.w, first, count));
+        a.absmax[whole] = floored(absmax_of<dtype>(a.w.memory, first, count));
         quantize_block<dtype, how, true>(a, search, first, count, a.absmax[whole]);
     }
 }
 
 template <How how>
-void quantize_blocks_of(const Quantize4Bit& a, const Search& search, int64_t begin, int64_t end) {
-    if (a.dtype == FLOAT32)
-        quantize_blocks<FLOAT32, how>(a, search, begin, end);
-    else if (a.dtype == FLOAT16)
-        quantize_blocks<FLOAT16, how>(a, search, begin, end);
+void quantize_blocks_of(const Quantize4Bit& a, const Search& search) {
+    if (a.w.dtype == FLOAT32)
+        quantize_blocks<FLOAT32, how>(a, search);
+    else if (a.w.dtype == FLOAT16)
+        quantize_blocks<FLOAT16, how>(a, search);
     else
-        quantize_blocks<BFLOAT16, how>(a, search, begin, end);
+        quantize_blocks<BFLOAT16, how>(a, search);
 }
 
 // ------------------------------------------------------------------------------------------------------------- 8 bits
@@ -320,28 +345,36 @@ void quantize_row_as(const void* w, int64_t first, int64_t count, int8_t* q, flo
 }
 
 // The format quantizes what fp16 holds. A bf16 number from 2^-14 on, fp16's normal ones, is one of fp16, too; a smaller
-// one has the code 0, rounded or not, if 127 of them are less than half of the largest.
+// one has the code 0, rounded or not, if 127 of them are less than half of the largest. Returns the largest |x|.
 template <int64_t dtype>
-void quantize_row(const void* w, int64_t first, int64_t count, int8_t* q, float* absmax) {
-    const float largest = from_f16(to_f16(absmax_of<dtype>(w, first, count))), scale = 1.0f / largest * 127.0f;
+float quantize_row(const void* w, int64_t first, int64_t count, int8_t* q, float* absmax) {
+    const float found = absmax_of<dtype>(w, first, count);
+    const float largest = from_f16(to_f16(found)), scale = 1.0f / largest * 127.0f;
     *absmax = largest;
     if (dtype == FLOAT16 || (dtype == BFLOAT16 && largest > 0.016f && largest <= 65504))
         quantize_row_as<dtype, true>(w, first, count, q, scale);
     else
         quantize_row_as<dtype, false>(w, first, count, q, scale);
+    return found;
 }
 
 }  // namespace
 
 void quantize_4bit(const Quantize4Bit& a) {
     const Search search(a.bounds, a.codes);
-    const int64_t all = ceil_div(a.count, a.block_size), blocks = most(1, ELEMENTS / a.block_size);
-    parallel_for(a.threads, ceil_div(all, blocks), [&](int64_t index) {
-        const int64_t begin = index * blocks, end = least(begin + blocks, all);
+    for_parts(a.w, a.count, a.block_size, a.threads, a.found, [&](int64_t first, const char* w, int64_t count) {
+        Quantize4Bit part = a;
+        part.w.memory = w;
+        part.count = count;
+        part.packed += first / 2;
+        part.absmax += first / a.block_size;
 #if FEWBITS_AVX512
-        if (search.has_buckets()) return quantize_blocks_of<How::BUCKETS>(a, search, begin, end);
+        if (search.has_buckets())
+            quantize_blocks_of<How::BUCKETS>(part, search);
+        else
 #endif
-        quantize_blocks_of<How::TREE>(a, search, begin, end);
+            quantize_blocks_of<How::TREE>(part, search);
+        keep_larger(&a.found->largest, magnitude(absmax_of<FLOAT32>(part.absmax, 0, ceil_div(count, a.block_size))));
     });
 }
 
@@ -370,17 +403,21 @@ void quantize_absmax(const QuantizeAbsmax& a) {
 }
 
 void quantize_int8(const QuantizeInt8& a) {
-    const int64_t rows = most(1, ELEMENTS / most(a.k, 1));
-    parallel_for(a.threads, ceil_div(a.n, rows), [&](int64_t index) {
-        for (int64_t row = index * rows; row < least((index + 1) * rows, a.n); row++) {
-            int8_t* q = a.q + row * a.k;
-            if (a.dtype == FLOAT32)
-                quantize_row<FLOAT32>(a.w, row * a.k, a.k, q, a.absmax + row);
-            else if (a.dtype == FLOAT16)
-                quantize_row<FLOAT16>(a.w, row * a.k, a.k, q, a.absmax + row);
+    for_parts(a.w, a.n * a.k, a.k, a.threads, a.found, [&](int64_t first, const char* w, int64_t count) {
+        int64_t largest = 0;
+        for (int64_t i = 0; i < count; i += a.k) {
+            int8_t* q = a.q + first + i;
+            float* absmax = a.absmax + (first + i) / a.k;
+            float found;
+            if (a.w.dtype == FLOAT32)
+                found = quantize_row<FLOAT32>(w, i, a.k, q, absmax);
+            else if (a.w.dtype == FLOAT16)
+                found = quantize_row<FLOAT16>(w, i, a.k, q, absmax);
             else
-                quantize_row<BFLOAT16>(a.w, row * a.k, a.k, q, a.absmax + row);
+                found = quantize_row<BFLOAT16>(w, i, a.k, q, absmax);
+            largest = most(largest, magnitude(found));
         }
+        keep_larger(&a.found->largest, largest);
     });
 }
 
