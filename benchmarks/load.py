@@ -11,12 +11,17 @@ counted. The time is the best of a row's loads, the memory that of its first one
 The floor is reading the files: 8 threads with two buffers of 8 MiB each, copied on into GPU memory. The row
 ``fewbits-reload`` loads what ``fewbits-save`` has written before it, in bitsandbytes' format.
 
+On a CPU a plain read from the system's cache is no more than a copy in memory, and the same cores quantize. Rows
+``floor-…`` tell what else must be done at the least: quantizing as many weights that lie in memory, to where results
+were before, and taking new memory for the result. In rows ``…-cold`` the files were first put out of the cache.
+
 Writes ``benchmarks/results/load-<cpu|cuda>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +48,7 @@ class Row:
         repeat: how often it loads.
         cpu: whether it is among the rows for a machine without a GPU, unless rows are named.
         saved: whether it loads what fewbits saved in nf4, not the checkpoint in bf16.
+        cold: whether the files are put out of the system's cache before each load.
     """
 
     title: str
@@ -52,6 +58,7 @@ class Row:
     repeat: int = 1
     cpu: bool = True
     saved: bool = False
+    cold: bool = False
 
 
 # ------------------------------------------------------------------------------------------------- the tools
@@ -92,10 +99,18 @@ SAVE, RELOAD = "fewbits-save", "fewbits-reload"
 BITSANDBYTES = ("transformers", "accelerate", "bitsandbytes")
 ROWS: dict[str, Row] = {
     "floor": Row("plain read", None, needs=()),
+    "floor-nf4": Row("quantizing in memory, nf4", None, needs=()),
+    "floor-int8": Row("quantizing in memory, int8", None, needs=()),
+    "floor-memory": Row("new memory for the result in int8", None, needs=()),
     "fewbits-nf4": Row("fewbits nf4, double quant.", fewbits_in("nf4", double_quant=True), "nf4", repeat=2),
     "fewbits-int8": Row("fewbits int8", fewbits_in("int8"), "int8", repeat=2),
     SAVE: Row("fewbits, saving nf4", None),
     RELOAD: Row("fewbits, nf4 saved by it", fewbits_in(None), repeat=2, saved=True),
+    "floor-cold": Row("plain read from the disk", None, needs=(), repeat=3, cold=True),
+    "fewbits-nf4-cold": Row(
+        "fewbits nf4, d. q., from the disk", fewbits_in("nf4", double_quant=True), repeat=3, cold=True
+    ),
+    "fewbits-int8-cold": Row("fewbits int8, from the disk", fewbits_in("int8"), repeat=3, cold=True),
     "transformers-bf16": Row("transformers bf16", transformers_in(None)),
     "transformers-nf4": Row("transformers + bitsandbytes nf4, d. q.", transformers_in("nf4"), "nf4", BITSANDBYTES),
     "transformers-int8": Row(
@@ -129,6 +144,37 @@ def measure_save(folder: Path, small: Path, device: str, report: llama.Report) -
     report.add(seconds=seconds, checkpoint_bytes=llama.weight_bytes(saved_folder(folder)), host_peak_bytes=host)
 
 
+def quantizing_alone(folder: Path, format: str) -> float:
+    """Seconds for as many bytes as the checkpoint has, again and again one matrix that lies in memory."""
+    from fewbits.formats import QuantSpec, quantize_inner
+
+    weight, spec = torch.randn(4096, 4096).bfloat16(), QuantSpec(format, double_quant=format == "nf4")
+    quantize_inner(weight, spec)
+    began = time.perf_counter()
+    times = max(llama.weight_bytes(folder) // weight.nbytes, 1)
+    for _ in range(times):
+        quantize_inner(weight, spec)
+    return (time.perf_counter() - began) / times * llama.weight_bytes(folder) / weight.nbytes
+
+
+def new_memory(folder: Path) -> float:
+    """Seconds to write once to each page of half as many bytes as the checkpoint has, by all threads."""
+    from fewbits.memory import Arena
+
+    arena, size = Arena(), 64 << 20
+    began = time.perf_counter()
+    kept = [arena.empty([size], torch.uint8).fill_(1) for _ in range(llama.weight_bytes(folder) // 2 // size)]
+    return (time.perf_counter() - began) / len(kept) * llama.weight_bytes(folder) / 2 / size
+
+
+def put_out_of_cache(folder: Path) -> None:
+    for file in llama.weight_files(folder):
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)  # what is not on the disk yet would stay
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
 def forward(model: torch.nn.Module, device: str) -> float:
     """Seconds for 16 tokens, where work that loading put off would show."""
     tokens = torch.arange(16, device=device)[None]
@@ -151,7 +197,18 @@ def measure(name: str, folder: Path, small: Path, device: str, repeat: int | Non
     if row.load is None:
         if device != "cpu":
             report.add(pinned_counted=llama.pinned_counted())
-        seconds = llama.plain_read(llama.weight_files(folder), device)
+        if name in ("floor-nf4", "floor-int8"):
+            seconds = min(quantizing_alone(folder, name.removeprefix("floor-")) for _ in range(3))
+        elif name == "floor-memory":
+            seconds = min(new_memory(folder) for _ in range(3))
+        elif row.cold:
+            cold = []
+            for _ in range(repeat or row.repeat):
+                put_out_of_cache(folder)
+                cold.append(llama.plain_read(llama.weight_files(folder), device, repeat=1))
+            seconds = min(cold)
+        else:
+            seconds = llama.plain_read(llama.weight_files(folder), device)
         report.add(seconds=seconds, checkpoint_bytes=llama.weight_bytes(folder))
         return
     if row.saved:
@@ -166,6 +223,8 @@ def measure(name: str, folder: Path, small: Path, device: str, repeat: int | Non
     for _ in range(repeat or row.repeat):
         model = None
         llama.collect(device)
+        if row.cold:
+            put_out_of_cache(folder)
         with llama.Memory(device) as memory:
             began = time.perf_counter()
             model = row.load(folder, device)
@@ -183,11 +242,14 @@ def measure(name: str, folder: Path, small: Path, device: str, repeat: int | Non
 
 def show(rows: dict[str, dict[str, Any]], device: str) -> None:
     floor = rows.get("floor", {})
-    speed = floor["checkpoint_bytes"] / floor["seconds"] if "seconds" in floor else None
+    speed, cold = (
+        found["checkpoint_bytes"] / found["seconds"] if "seconds" in found else None
+        for found in (floor, rows.get("floor-cold", {}))
+    )
     ours = {
         ROWS[name].format: found["seconds"]
         for name, found in rows.items()
-        if name.startswith("fewbits") and "seconds" in found
+        if name.startswith("fewbits") and "seconds" in found and not ROWS[name].cold
     }
     gpu = ("GPU GiB", "peak +", "reserved +", "pinned") if device != "cpu" else ()
     header = ("tool", "s", "GB/s", "× floor", "× fewbits", "first run", *gpu, "host peak GiB")
@@ -197,12 +259,13 @@ def show(rows: dict[str, dict[str, Any]], device: str) -> None:
         if "seconds" not in found:
             return row.title, found.get("error", "nothing was measured")[:100]
         size, seconds = found["checkpoint_bytes"], found["seconds"]
+        reading = cold if row.cold else speed
         base = ours.get(row.format) if row.format else None
         cells = [
             row.title + (" (!)" if "error" in found else ""),
             number(seconds),
             number(size / seconds, 2, 1e9),
-            number(None if speed is None or name == SAVE else seconds * speed / size),
+            number(None if reading is None or name == SAVE else seconds * reading / size),
             number(None if base is None or name.startswith("fewbits") else seconds / base),
             number(found.get("first_forward_seconds")),
         ]
@@ -235,7 +298,8 @@ def main() -> None:
 
         llama.measure_row(one, args.report, args.folder)
         return
-    names = args.only or [name for name, row in ROWS.items() if row.cpu or device != "cpu"]
+    on_cpu_only = {name for name, row in ROWS.items() if row.cold or name.startswith("floor-")}
+    names = args.only or [n for n, row in ROWS.items() if (row.cpu if device == "cpu" else n not in on_cpu_only)]
     if RELOAD in names and SAVE not in names[: names.index(RELOAD)]:
         names = [name for name in names if name != SAVE]
         names.insert(names.index(RELOAD), SAVE)
