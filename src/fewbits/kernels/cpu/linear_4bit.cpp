@@ -13,9 +13,10 @@ namespace {
 // code of element 8 i + (j ^ 1): x is put in that order once, and codes are looked up without any shuffle of them.
 
 constexpr int64_t CHUNK = 8 * LANES;
-constexpr int64_t GROUP = 4;                     // rows of x at a time
-constexpr int64_t ROWS = FEWBITS_AVX2 ? 2 : 4;   // of the weight at a time, as registers allow
-constexpr int64_t FEW = FEWBITS_BF16 ? 16 : 4;   // rows of x up to which this is faster than panels
+constexpr int64_t GROUP = 4;                    // rows of x at a time
+constexpr int64_t ROWS = FEWBITS_AVX2 ? 2 : 4;  // of the weight at a time, as registers allow
+constexpr int64_t FEW = FEWBITS_BF16 ? 16 : 4;  // rows of x up to which this is faster than panels
+constexpr int64_t AHEAD = 2048;                 // bytes: how far ahead of where they are needed codes are fetched
 
 // How codes are looked up: in STEPS steps, each of which gives each lane a weight, or two in bf16. element() says which
 // one of a chunk that is, or which the first is: the second is 4 behind.
@@ -117,11 +118,9 @@ INLINE Floats lane_scales(const float* scales) {
     return splat(scales[0]);
 }
 
-INLINE Floats add_product(Floats sum, Floats w, const uint32_t* x) {
-    return fma(w, load(reinterpret_cast<const float*>(x)), sum);
-}
+INLINE Floats add_product(Floats sum, Floats w, Ints x) { return fma(w, (Floats)x, sum); }
 #if FEWBITS_BF16
-INLINE Floats add_product(Floats sum, Ints w, const uint32_t* x) { return dot_bf16(sum, w, load_ints(x)); }
+INLINE Floats add_product(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
 #endif
 
 // Adds one chunk of R rows of the weight times M rows of x.
@@ -131,12 +130,15 @@ INLINE void add_chunk(Floats (&sums)[R][M], const Codes& codes, const Ints (&wor
     if constexpr (M == 1 || Codes::PAIRS) {  // scales are applied to what the chunk adds
         Floats part[R][M];
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = zero();
-        UNROLL for (int j = 0; j < Codes::STEPS; j++)
-            UNROLL for (int r = 0; r < R; r++) {
-                const auto w = codes.weights(words[r], j);
-                UNROLL for (int m = 0; m < M; m++)
-                    part[r][m] = add_product(part[r][m], w, x + m * x_stride + j * LANES);
+        UNROLL for (int j = 0; j < Codes::STEPS; j++) {
+            decltype(codes.weights(words[0], j)) w[R];
+            UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j);
+            UNROLL for (int m = 0; m < M; m++) {
+                Ints xs = load_ints(x + m * x_stride + j * LANES);
+                if (R > 1) KEEP(xs);  // once for all rows
+                UNROLL for (int r = 0; r < R; r++) part[r][m] = add_product(part[r][m], w[r], xs);
             }
+        }
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int m = 0; m < M; m++) sums[r][m] = fma(part[r][m], scales[r], sums[r][m]);
     } else {  // or to the weights, which takes no registers for a chunk's own sums
@@ -151,12 +153,13 @@ INLINE void add_chunk(Floats (&sums)[R][M], const Codes& codes, const Ints (&wor
     }
 }
 
-// R rows of the weight from n on. scales: of the first row's blocks, the others' behind.
+// R rows of the weight, so many apart, from n on. scales: of each row's blocks.
 template <class Codes, int M, int R, int PER_CHUNK>
-INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, const float* scales) {
-    const int64_t k = a.w.k, row_bytes = k / 2, blocks = k / a.w.block_size;
+INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, int64_t apart,
+                     const float* (&scales)[R]) {
+    const int64_t k = a.w.k, row_bytes = k / 2, apart_bytes = apart * row_bytes;
     const int64_t step = Codes::STEPS * LANES, x_stride = ceil_div(k, CHUNK) * step;
-    const int64_t chunks_per_block = most(1, a.w.block_size / CHUNK);
+    const int64_t chunks_per_block = PER_CHUNK > 1 ? 1 : most(1, a.w.block_size / CHUNK);
     const uint8_t* packed = a.w.packed + n * row_bytes;
     const Codes codes(a.w.values);
     const Floats factor = splat(Codes::factor());
@@ -165,17 +168,17 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r][m] = zero();
     int64_t chunks_left = k / CHUNK;
     while (chunks_left > 0) {
-        const int64_t count = least(chunks_left, chunks_per_block);
-        UNROLL for (int r = 0; r < R; r++) scale[r] = lane_scales<PER_CHUNK>(scales + r * blocks) * factor;
+        const int64_t count = PER_CHUNK > 1 ? 1 : least(chunks_left, chunks_per_block);
+        UNROLL for (int r = 0; r < R; r++) scale[r] = lane_scales<PER_CHUNK>(scales[r]) * factor, scales[r] += PER_CHUNK;
         for (int64_t i = 0; i < count; i++) {
             UNROLL for (int r = 0; r < R; r++) {
-                words[r] = load_ints(packed + r * row_bytes);
-                __builtin_prefetch(packed + (r + R) * row_bytes);  // the hardware does not foresee the next rows
+                words[r] = load_ints(packed + r * apart_bytes);
+                __builtin_prefetch(packed + r * apart_bytes + AHEAD);
+                KEEP(words[r]);
             }
             add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
             packed += CHUNK / 2, x += step;
         }
-        scales += PER_CHUNK;
         chunks_left -= count;
     }
     const int64_t rest = k % CHUNK;  // only where a chunk has several blocks, or one
@@ -183,29 +186,40 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
         UNROLL for (int r = 0; r < R; r++) {
             uint8_t bytes[CHUNK / 2] = {};
             float last[4] = {};
-            memcpy(bytes, packed + r * row_bytes, static_cast<size_t>(rest / 2));
-            memcpy(last, scales + r * blocks, static_cast<size_t>(ceil_div(rest, a.w.block_size)) * 4);
+            memcpy(bytes, packed + r * apart_bytes, static_cast<size_t>(rest / 2));
+            memcpy(last, scales[r], static_cast<size_t>(ceil_div(rest, a.w.block_size)) * 4);
             words[r] = load_ints(bytes);
             scale[r] = lane_scales<PER_CHUNK>(last) * factor;
         }
         add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
     }
     UNROLL for (int r = 0; r < R; r++) {
-        const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, n + r);
-        UNROLL for (int m = 0; m < M; m++) store_one(a.dtype, a.out, (row + m) * a.w.n + n + r, sum(sums[r][m]) + bias);
+        const int64_t column = n + r * apart;
+        const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, column);
+        UNROLL for (int m = 0; m < M; m++) store_one(a.dtype, a.out, (row + m) * a.w.n + column, sum(sums[r][m]) + bias);
     }
 }
 
+template <class Codes, int M, int R, int PER_CHUNK>
+INLINE void few_rows_apart(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t count,
+                           float* buffer) {
+    const int64_t blocks = a.w.k / a.w.block_size;
+    for (int64_t n = first; n < first + count; n++) {
+        const float* scales[R];
+        UNROLL for (int r = 0; r < R; r++) scales[r] = scales_of(a.w, (n + r * count) * blocks, blocks, buffer + r * blocks);
+        few_rows<Codes, M, R, PER_CHUNK>(a, x, row, n, count, scales);
+    }
+}
+
+// Several rows share what is read of x. They are far apart, so that each is one of few long streams, which the hardware
+// foresees; rows that follow each other were read at two thirds of the speed.
 template <class Codes, int M, int PER_CHUNK>
 void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last) {
-    constexpr int64_t R = Codes::PAIRS && M > 2 ? 2 : ROWS;
-    const int64_t blocks = a.w.k / a.w.block_size;
+    constexpr int64_t R = M <= 2 || Codes::PAIRS ? 2 : ROWS;
+    const int64_t blocks = a.w.k / a.w.block_size, apart = (last - first) / R;
     float* buffer = static_cast<float*>(scratch(0, static_cast<size_t>(R * blocks) * 4));
-    int64_t n = first;
-    for (; n + R <= last; n += R)
-        few_rows<Codes, M, R, PER_CHUNK>(a, x, row, n, scales_of(a.w, n * blocks, R * blocks, buffer));
-    for (; n < last; n++)
-        few_rows<Codes, M, 1, PER_CHUNK>(a, x, row, n, scales_of(a.w, n * blocks, blocks, buffer));
+    few_rows_apart<Codes, M, R, PER_CHUNK>(a, x, row, first, apart, buffer);
+    few_rows_apart<Codes, M, 1, PER_CHUNK>(a, x, row, first + R * apart, last - first - R * apart, buffer);
 }
 
 template <class Codes, int PER_CHUNK>
