@@ -131,6 +131,8 @@ ROWS: dict[str, Row] = {
     "transformers-nf4": _peer(transformers_in, "nf4", "cpu", "bf16"),
     "transformers-bf16": _peer(transformers_in, "bf16", "cpu", "bf16", ("cuda",)),
     "transformers-bf16-resident": _peer(transformers_in, "bf16", None, "bf16", ("cpu",)),
+    "transformers-nf4-resident": _peer(transformers_in, "nf4", None, "nf4", ("cpu",)),
+    "transformers-int8-resident": _peer(transformers_in, "int8", None, "int8", ("cpu",)),
     "transformers-bf16-disk": _peer(transformers_in, "bf16", "disk", "bf16", ("cpu",)),
 }
 

@@ -159,11 +159,19 @@ _TOOLS = {
     "transformers-int8": "transformers + bitsandbytes, int8",
     "accelerate-nf4": "Accelerate + bitsandbytes, nf4 with double quantization",
     "accelerate-int8": "Accelerate + bitsandbytes, int8",
+    "floor-nf4": "quantizing alone what lies in memory, nf4",
+    "floor-int8": "the same, int8",
+    "floor-memory": "new memory for the result, int8",
+    "floor-cold": "a plain read from the disk",
+    "fewbits-nf4-cold": "fewbits, nf4 with double quantization, from the disk",
+    "fewbits-int8-cold": "fewbits, int8, from the disk",
     "fewbits-nf4-resident": "fewbits, nf4, all of it there",
     "fewbits-int8-resident": "fewbits, int8, all of it there",
     "fewbits-nf4-disk": "fewbits, nf4, half on disk",
     "fewbits-int8-disk": "fewbits, int8, half on disk",
     "transformers-bf16-resident": "transformers, bf16, all of it there",
+    "transformers-nf4-resident": "transformers + bitsandbytes, nf4, all of it there",
+    "transformers-int8-resident": "transformers + bitsandbytes, int8, all of it there",
     "transformers-bf16-disk": "transformers + Accelerate, bf16, half on disk",
 }
 
@@ -184,7 +192,7 @@ def load() -> str:
                 f"{(gpu[1] - gpu[0]) / GiB:.2f}" if gpu[0] is not None else "",
                 f"{host / GiB:.2f}" if host is not None else "",
             ))  # fmt: skip
-    header = ("loading from cached files", "s", "GB/s of the files", "GPU, GiB", "its peak above", "host peak, GiB")
+    header = ("loading (cached files)", "s", "GB/s of the files", "GPU, GiB", "its peak above", "host peak, GiB")
     return _table(header, lines)
 
 

@@ -12,21 +12,6 @@ INLINE float scale_of(const Weight4Bit& w, int64_t block) {
     return value * w.nested_absmax[block / NESTED_BLOCK] + *w.nested_offset;
 }
 
-#if FEWBITS_AVX512
-// Each of 8 parts of the table is asked for the lowest five bits, and the others choose: faster than a gather.
-INLINE Floats lookup_256(const float* values, Ints indices) {
-    Floats part[8];
-    UNROLL for (int i = 0; i < 8; i++)
-        part[i] = _mm512_permutex2var_ps(load(values + 32 * i), indices, load(values + 32 * i + 16));
-    const __mmask16 bit5 = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(32));
-    const __mmask16 bit6 = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(64));
-    const __mmask16 bit7 = _mm512_test_epi32_mask(indices, _mm512_set1_epi32(128));
-    UNROLL for (int i = 0; i < 8; i += 2) part[i] = _mm512_mask_blend_ps(bit5, part[i], part[i + 1]);
-    UNROLL for (int i = 0; i < 8; i += 4) part[i] = _mm512_mask_blend_ps(bit6, part[i], part[i + 2]);
-    return _mm512_mask_blend_ps(bit7, part[0], part[4]);
-}
-#endif
-
 // Scales of count blocks from first on: where they lie already, or decoded into the buffer.
 INLINE const float* scales_of(const Weight4Bit& w, int64_t first, int64_t count, float* buffer) {
     if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax) + first;
@@ -34,13 +19,11 @@ INLINE const float* scales_of(const Weight4Bit& w, int64_t first, int64_t count,
     for (int64_t i = 0; i < count;) {
         const int64_t nested = (first + i) / NESTED_BLOCK, stop = least(count, (nested + 1) * NESTED_BLOCK - first);
         const float scale = w.nested_absmax[nested], offset = *w.nested_offset;
-#if FEWBITS_AVX512
-        for (; i + LANES <= stop; i += LANES) {
-            const Ints indices = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
-            store(buffer + i, lookup_256(w.dynamic, indices) * splat(scale) + splat(offset));
-        }
-#endif
-        for (; i < stop; i++) buffer[i] = w.dynamic[codes[i]] * scale + offset;
+        const int64_t begin = i;
+        for (; i < stop; i++) buffer[i] = w.dynamic[codes[i]];  // by vectors it takes longer
+        for (i = begin; i + LANES <= stop; i += LANES)
+            store(buffer + i, load(buffer + i) * splat(scale) + splat(offset));
+        for (; i < stop; i++) buffer[i] = buffer[i] * scale + offset;
     }
     return buffer;
 }

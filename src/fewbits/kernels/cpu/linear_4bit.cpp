@@ -169,7 +169,10 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
     int64_t chunks_left = k / CHUNK;
     while (chunks_left > 0) {
         const int64_t count = PER_CHUNK > 1 ? 1 : least(chunks_left, chunks_per_block);
-        UNROLL for (int r = 0; r < R; r++) scale[r] = lane_scales<PER_CHUNK>(scales[r]) * factor, scales[r] += PER_CHUNK;
+        UNROLL for (int r = 0; r < R; r++) {
+            scale[r] = lane_scales<PER_CHUNK>(scales[r]) * factor;
+            scales[r] += PER_CHUNK;
+        }
         for (int64_t i = 0; i < count; i++) {
             UNROLL for (int r = 0; r < R; r++) {
                 words[r] = load_ints(packed + r * apart_bytes);
@@ -196,40 +199,43 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
     UNROLL for (int r = 0; r < R; r++) {
         const int64_t column = n + r * apart;
         const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, column);
-        UNROLL for (int m = 0; m < M; m++) store_one(a.dtype, a.out, (row + m) * a.w.n + column, sum(sums[r][m]) + bias);
+        UNROLL for (int m = 0; m < M; m++)
+            store_one(a.dtype, a.out, (row + m) * a.w.n + column, sum(sums[r][m]) + bias);
     }
 }
 
 template <class Codes, int M, int R, int PER_CHUNK>
 INLINE void few_rows_apart(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t count,
-                           float* buffer) {
+                           const float* scales) {
     const int64_t blocks = a.w.k / a.w.block_size;
-    for (int64_t n = first; n < first + count; n++) {
-        const float* scales[R];
-        UNROLL for (int r = 0; r < R; r++) scales[r] = scales_of(a.w, (n + r * count) * blocks, blocks, buffer + r * blocks);
-        few_rows<Codes, M, R, PER_CHUNK>(a, x, row, n, count, scales);
+    for (int64_t i = 0; i < count; i++) {
+        const float* of_rows[R];
+        UNROLL for (int r = 0; r < R; r++) of_rows[r] = scales + (i + r * count) * blocks;
+        few_rows<Codes, M, R, PER_CHUNK>(a, x, row, first + i, count, of_rows);
     }
 }
 
 // Several rows share what is read of x. They are far apart, so that each is one of few long streams, which the hardware
 // foresees; rows that follow each other were read at two thirds of the speed.
 template <class Codes, int M, int PER_CHUNK>
-void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last) {
+void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last,
+                      const float* scales) {
     constexpr int64_t R = M <= 2 || Codes::PAIRS ? 2 : ROWS;
-    const int64_t blocks = a.w.k / a.w.block_size, apart = (last - first) / R;
-    float* buffer = static_cast<float*>(scratch(0, static_cast<size_t>(R * blocks) * 4));
-    few_rows_apart<Codes, M, R, PER_CHUNK>(a, x, row, first, apart, buffer);
-    few_rows_apart<Codes, M, 1, PER_CHUNK>(a, x, row, first + R * apart, last - first - R * apart, buffer);
+    const int64_t apart = (last - first) / R, rest = last - first - R * apart;
+    few_rows_apart<Codes, M, R, PER_CHUNK>(a, x, row, first, apart, scales);
+    few_rows_apart<Codes, M, 1, PER_CHUNK>(a, x, row, last - rest, rest, scales + R * apart * (a.w.k / a.w.block_size));
 }
 
 template <class Codes, int PER_CHUNK>
 void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int64_t last) {
-    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
+    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES, blocks = a.w.k / a.w.block_size;
+    float* buffer = static_cast<float*>(scratch(0, static_cast<size_t>((last - first) * blocks) * 4));
+    const float* scales = scales_of(a.w, first * blocks, (last - first) * blocks, buffer);
     for (int64_t row = 0; row < a.rows; row += GROUP, x += GROUP * x_stride) switch (least(GROUP, a.rows - row)) {
-            case 1: few_rows_between<Codes, 1, PER_CHUNK>(a, x, row, first, last); break;
-            case 2: few_rows_between<Codes, 2, PER_CHUNK>(a, x, row, first, last); break;
-            case 3: few_rows_between<Codes, 3, PER_CHUNK>(a, x, row, first, last); break;
-            default: few_rows_between<Codes, 4, PER_CHUNK>(a, x, row, first, last);
+            case 1: few_rows_between<Codes, 1, PER_CHUNK>(a, x, row, first, last, scales); break;
+            case 2: few_rows_between<Codes, 2, PER_CHUNK>(a, x, row, first, last, scales); break;
+            case 3: few_rows_between<Codes, 3, PER_CHUNK>(a, x, row, first, last, scales); break;
+            default: few_rows_between<Codes, 4, PER_CHUNK>(a, x, row, first, last, scales);
         }
 }
 
