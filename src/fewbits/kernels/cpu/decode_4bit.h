@@ -12,22 +12,6 @@ INLINE float scale_of(const Weight4Bit& w, int64_t block) {
     return value * w.nested_absmax[block / NESTED_BLOCK] + *w.nested_offset;
 }
 
-// Scales of count blocks from first on: where they lie already, or decoded into the buffer.
-INLINE const float* scales_of(const Weight4Bit& w, int64_t first, int64_t count, float* buffer) {
-    if (w.nested_absmax == nullptr) return static_cast<const float*>(w.absmax) + first;
-    const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + first;
-    for (int64_t i = 0; i < count;) {
-        const int64_t nested = (first + i) / NESTED_BLOCK, stop = least(count, (nested + 1) * NESTED_BLOCK - first);
-        const float scale = w.nested_absmax[nested], offset = *w.nested_offset;
-        const int64_t begin = i;
-        for (; i < stop; i++) buffer[i] = w.dynamic[codes[i]];  // by vectors it takes longer
-        for (i = begin; i + LANES <= stop; i += LANES)
-            store(buffer + i, load(buffer + i) * splat(scale) + splat(offset));
-        for (; i < stop; i++) buffer[i] = buffer[i] * scale + offset;
-    }
-    return buffer;
-}
-
 INLINE float value_of(const Weight4Bit& w, int64_t index) {
     const uint8_t byte = w.packed[index / 2];
     return w.values[index % 2 ? byte & 15 : byte >> 4];

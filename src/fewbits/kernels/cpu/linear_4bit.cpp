@@ -103,7 +103,7 @@ void order_for_chunks(const Linear4Bit& a, int64_t row, uint32_t* to) {
             }
 }
 
-// The scales of a chunk's lanes, where a chunk has so many (1: it lies within one block).
+// The lanes' values of a chunk's scales, where a chunk has so many (1: it lies within one block).
 template <int PER_CHUNK>
 INLINE Floats lane_scales(const float* scales) {
 #if FEWBITS_AVX512
@@ -116,6 +116,22 @@ INLINE Floats lane_scales(const float* scales) {
     if (PER_CHUNK == 2) return _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0]));
 #endif
     return splat(scales[0]);
+}
+
+// The same of the blocks from one on, as they are stored. To decode those of a row before its codes are read would leave
+// the memory idle meanwhile.
+template <bool NESTED, int PER_CHUNK>
+INLINE Floats lane_scales_from(const Weight4Bit& w, int64_t block) {
+    if (!NESTED) return lane_scales<PER_CHUNK>(static_cast<const float*>(w.absmax) + block);
+    float values[PER_CHUNK];
+    const int64_t nested = block / NESTED_BLOCK;
+    if ((block + PER_CHUNK - 1) / NESTED_BLOCK == nested) {
+        const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + block;
+        UNROLL for (int i = 0; i < PER_CHUNK; i++) values[i] = w.dynamic[codes[i]];
+        return lane_scales<PER_CHUNK>(values) * splat(w.nested_absmax[nested]) + splat(*w.nested_offset);
+    }
+    UNROLL for (int i = 0; i < PER_CHUNK; i++) values[i] = scale_of(w, block + i);
+    return lane_scales<PER_CHUNK>(values);
 }
 
 INLINE Floats add_product(Floats sum, Floats w, Ints x) { return fma(w, (Floats)x, sum); }
@@ -153,26 +169,24 @@ INLINE void add_chunk(Floats (&sums)[R][M], const Codes& codes, const Ints (&wor
     }
 }
 
-// R rows of the weight, so many apart, from n on. scales: of each row's blocks.
-template <class Codes, int M, int R, int PER_CHUNK>
-INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, int64_t apart,
-                     const float* (&scales)[R]) {
-    const int64_t k = a.w.k, row_bytes = k / 2, apart_bytes = apart * row_bytes;
-    const int64_t step = Codes::STEPS * LANES, x_stride = ceil_div(k, CHUNK) * step;
-    const int64_t chunks_per_block = PER_CHUNK > 1 ? 1 : most(1, a.w.block_size / CHUNK);
-    const uint8_t* packed = a.w.packed + n * row_bytes;
-    const Codes codes(a.w.values);
+// R rows of the weight, so many apart, from n on.
+template <class Codes, bool NESTED, int M, int R, int PER_CHUNK>
+INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, int64_t apart) {
+    const Weight4Bit w = a.w;  // a copy, which nothing that is written can change
+    const int64_t row_bytes = w.k / 2, apart_bytes = apart * row_bytes, blocks = w.k / w.block_size;
+    const int64_t step = Codes::STEPS * LANES, x_stride = ceil_div(w.k, CHUNK) * step;
+    const int64_t chunks_per_block = PER_CHUNK > 1 ? 1 : most(1, w.block_size / CHUNK);
+    const uint8_t* packed = w.packed + n * row_bytes;
+    const Codes codes(w.values);
     const Floats factor = splat(Codes::factor());
     Floats sums[R][M], scale[R];
     Ints words[R];
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r][m] = zero();
-    int64_t chunks_left = k / CHUNK;
+    int64_t block = n * blocks, chunks_left = w.k / CHUNK;
     while (chunks_left > 0) {
         const int64_t count = PER_CHUNK > 1 ? 1 : least(chunks_left, chunks_per_block);
-        UNROLL for (int r = 0; r < R; r++) {
-            scale[r] = lane_scales<PER_CHUNK>(scales[r]) * factor;
-            scales[r] += PER_CHUNK;
-        }
+        UNROLL for (int r = 0; r < R; r++)
+            scale[r] = lane_scales_from<NESTED, PER_CHUNK>(w, block + r * apart * blocks) * factor;
         for (int64_t i = 0; i < count; i++) {
             UNROLL for (int r = 0; r < R; r++) {
                 words[r] = load_ints(packed + r * apart_bytes);
@@ -182,15 +196,17 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
             add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
             packed += CHUNK / 2, x += step;
         }
+        block += PER_CHUNK;
         chunks_left -= count;
     }
-    const int64_t rest = k % CHUNK;  // only where a chunk has several blocks, or one
+    const int64_t rest = w.k % CHUNK;  // only where a chunk has several blocks, or one
     if (rest > 0) {
         UNROLL for (int r = 0; r < R; r++) {
             uint8_t bytes[CHUNK / 2] = {};
             float last[4] = {};
             memcpy(bytes, packed + r * apart_bytes, static_cast<size_t>(rest / 2));
-            memcpy(last, scales[r], static_cast<size_t>(ceil_div(rest, a.w.block_size)) * 4);
+            for (int64_t i = 0; i < ceil_div(rest, w.block_size); i++)
+                last[i] = scale_of(w, block + r * apart * blocks + i);
             words[r] = load_ints(bytes);
             scale[r] = lane_scales<PER_CHUNK>(last) * factor;
         }
@@ -200,43 +216,35 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
         const int64_t column = n + r * apart;
         const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, column);
         UNROLL for (int m = 0; m < M; m++)
-            store_one(a.dtype, a.out, (row + m) * a.w.n + column, sum(sums[r][m]) + bias);
-    }
-}
-
-template <class Codes, int M, int R, int PER_CHUNK>
-INLINE void few_rows_apart(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t count,
-                           const float* scales) {
-    const int64_t blocks = a.w.k / a.w.block_size;
-    for (int64_t i = 0; i < count; i++) {
-        const float* of_rows[R];
-        UNROLL for (int r = 0; r < R; r++) of_rows[r] = scales + (i + r * count) * blocks;
-        few_rows<Codes, M, R, PER_CHUNK>(a, x, row, first + i, count, of_rows);
+            store_one(a.dtype, a.out, (row + m) * w.n + column, sum(sums[r][m]) + bias);
     }
 }
 
 // Several rows share what is read of x. They are far apart, so that each is one of few long streams, which the hardware
 // foresees; rows that follow each other were read at two thirds of the speed.
-template <class Codes, int M, int PER_CHUNK>
-void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last,
-                      const float* scales) {
+template <class Codes, bool NESTED, int M, int PER_CHUNK>
+void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last) {
     constexpr int64_t R = M <= 2 || Codes::PAIRS ? 2 : ROWS;
-    const int64_t apart = (last - first) / R, rest = last - first - R * apart;
-    few_rows_apart<Codes, M, R, PER_CHUNK>(a, x, row, first, apart, scales);
-    few_rows_apart<Codes, M, 1, PER_CHUNK>(a, x, row, last - rest, rest, scales + R * apart * (a.w.k / a.w.block_size));
+    const int64_t apart = (last - first) / R;
+    for (int64_t n = first; n < first + apart; n++) few_rows<Codes, NESTED, M, R, PER_CHUNK>(a, x, row, n, apart);
+    for (int64_t n = first + R * apart; n < last; n++) few_rows<Codes, NESTED, M, 1, PER_CHUNK>(a, x, row, n, 0);
+}
+
+template <class Codes, bool NESTED, int PER_CHUNK>
+void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int64_t last) {
+    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
+    for (int64_t row = 0; row < a.rows; row += GROUP, x += GROUP * x_stride) switch (least(GROUP, a.rows - row)) {
+            case 1: few_rows_between<Codes, NESTED, 1, PER_CHUNK>(a, x, row, first, last); break;
+            case 2: few_rows_between<Codes, NESTED, 2, PER_CHUNK>(a, x, row, first, last); break;
+            case 3: few_rows_between<Codes, NESTED, 3, PER_CHUNK>(a, x, row, first, last); break;
+            default: few_rows_between<Codes, NESTED, 4, PER_CHUNK>(a, x, row, first, last);
+        }
 }
 
 template <class Codes, int PER_CHUNK>
 void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int64_t last) {
-    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES, blocks = a.w.k / a.w.block_size;
-    float* buffer = static_cast<float*>(scratch(0, static_cast<size_t>((last - first) * blocks) * 4));
-    const float* scales = scales_of(a.w, first * blocks, (last - first) * blocks, buffer);
-    for (int64_t row = 0; row < a.rows; row += GROUP, x += GROUP * x_stride) switch (least(GROUP, a.rows - row)) {
-            case 1: few_rows_between<Codes, 1, PER_CHUNK>(a, x, row, first, last, scales); break;
-            case 2: few_rows_between<Codes, 2, PER_CHUNK>(a, x, row, first, last, scales); break;
-            case 3: few_rows_between<Codes, 3, PER_CHUNK>(a, x, row, first, last, scales); break;
-            default: few_rows_between<Codes, 4, PER_CHUNK>(a, x, row, first, last, scales);
-        }
+    if (a.w.nested_absmax == nullptr) return few_rows_between<Codes, false, PER_CHUNK>(a, x, first, last);
+    few_rows_between<Codes, true, PER_CHUNK>(a, x, first, last);
 }
 
 template <class Codes>
