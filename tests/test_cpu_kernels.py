@@ -35,6 +35,8 @@ SHAPES = [
     (3, 40),
     (150, 328),
     (2, 4096),
+    (200, 192),  # chunks whose scales are under two scales of scales
+    (90, 352),
 ]
 
 

@@ -118,8 +118,8 @@ INLINE Floats lane_scales(const float* scales) {
     return splat(scales[0]);
 }
 
-// The same of the blocks from one on, as they are stored. To decode those of a row before its codes are read would leave
-// the memory idle meanwhile.
+// The same of the blocks from one on, as they are stored. To decode those of a whole row before its codes are read would
+// leave the memory idle meanwhile.
 template <bool NESTED, int PER_CHUNK>
 INLINE Floats lane_scales_from(const Weight4Bit& w, int64_t block) {
     if (!NESTED) return lane_scales<PER_CHUNK>(static_cast<const float*>(w.absmax) + block);
