@@ -85,7 +85,9 @@ def transformers_in(folder: Path, devices: Map, files: str, *, format: str) -> t
     from transformers import LlamaForCausalLM
 
     settings: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": devices}
-    settings |= llama.bitsandbytes_config(format, llm_int8_enable_fp32_cpu_offload=True)
+    # allows parts on the CPU beside a GPU, and leaves them unquantized: where all is on a CPU, that is everything
+    offloaded = {"llm_int8_enable_fp32_cpu_offload": True} if len(set(devices.values())) > 1 else {}
+    settings |= llama.bitsandbytes_config(format, **offloaded)
     if "disk" in devices.values():
         settings["offload_folder"] = files
     return LlamaForCausalLM.from_pretrained(folder, **settings)
