@@ -277,7 +277,8 @@ def _source(w: Tensor | FilePart) -> tuple[int, ...]:
 def _quantize(name: str, arguments: str, w: Tensor | FilePart, *values: Any) -> float:
     """Run a kernel that quantizes ``w``, and give its largest absolute value, NaN if it has one."""
     found = ctypes.create_string_buffer(_FOUND.size)
-    _run(name, f"{_SOURCE}{arguments}Pq", *_source(w), *values, ctypes.addressof(found))
+    done = _run(name, f"{_SOURCE}{arguments}Pq", *_source(w), *values, ctypes.addressof(found))
+    assert done, "every level has it"
     largest, error = _FOUND.unpack(found.raw)
     if error:
         raise OSError(error, os.strerror(error)) if error > 0 else EOFError("the file ended")
