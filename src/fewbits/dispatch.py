@@ -52,13 +52,17 @@ def _plain(x: Any) -> Any:
 
 _said: set[tuple[str, str | None]] = set()
 
+# Of a weight and another tensor, as adapters do it (DoRA adds its delta, IA³ scales): values are what is asked for.
+_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+
 
 def floor(func: Any, args: Any, kwargs: Any) -> Any:
-    """Dequantize and run; say so once for each operation and tensor."""
+    """Dequantize and run; say so once for each operation and tensor, unless nothing else could be meant."""
     tensors: list[QuantTensor] = []
     tree_map(lambda x: tensors.append(x) if isinstance(x, QuantTensor) else None, (args, kwargs))
     key = (str(func), tensors[0].label)
-    if key not in _said and not torch.compiler.is_compiling():
+    meant = func in _ARITHMETIC and all(isinstance(x, Tensor) for x in args)
+    if not meant and key not in _said and not torch.compiler.is_compiling():
         _said.add(key)
         warnings.warn(
             f"{func} has no quantized form: {tensors[0].label or 'a QuantTensor'} {list(tensors[0].shape)} is "

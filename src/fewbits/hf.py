@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from fewbits.modules import is_linear
 from fewbits.statedict import dtype_name
 from fewbits.tensor import QuantTensor
 
+OWN_METHOD = "fewbits"  # the quant_method of a model that bitsandbytes' configuration cannot describe
 _OWN_COMPUTE_DTYPE = "fewbits_compute_dtype"  # beside bitsandbytes' key, which has no way to say "the input's"
 
 
@@ -118,6 +121,31 @@ def _initializing_values_only() -> Iterator[None]:
         kind.init_weights = init_weights
 
 
+CONVERTED = (
+    "transformers joins or splits tensors of this checkpoint as it loads them, which fewbits does not do by itself: "
+    "AutoModel….from_pretrained(path, quantization_config=FewbitsConfig(…)) does, with FewbitsConfig from "
+    "fewbits.integrations.transformers"
+)
+
+
+def converters(model: nn.Module) -> list[Any]:
+    """transformers' conversions of several tensors of a checkpoint into one of the model, or the other way round."""
+    if not is_transformers_model(model):
+        return []
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers 4
+        return []
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+
+
+def is_converted(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether transformers converts any tensor of these names for this model."""
+    rules = converters(model)
+    return any(rule.rename_source_key(name)[1] is not None for name in names for rule in rules)
+
+
 def renaming(model: nn.Module) -> Callable[[str], str]:
     """From a tensor's name in a checkpoint to its name in this model, as transformers renames what it loads.
 
@@ -141,16 +169,18 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
     return rename
 
 
-def recorded_settings(config: Any) -> dict[str, Any] | None:
-    """The settings of :class:`~fewbits.QuantizationConfig` that a ``quantization_config`` records, if there is one.
+def recorded_settings(recorded: Any) -> dict[str, Any]:
+    """The settings of :class:`~fewbits.QuantizationConfig` that a ``quantization_config`` records.
+
+    Args:
+        recorded: the dictionary of a config.json, or transformers' object made from it.
 
     Raises:
         ConfigError: it records another method than bitsandbytes' formats.
     """
-    recorded = getattr(config, "quantization_config", None)
-    if recorded is None:
-        return None
     recorded = recorded if isinstance(recorded, dict) else recorded.to_dict()
+    if recorded.get("quant_method") == OWN_METHOD:
+        return {name: value for name, value in recorded.items() if name != "quant_method"}
     if recorded.get("quant_method") != "bitsandbytes":
         raise ConfigError(
             f"the checkpoint is quantized with {recorded.get('quant_method')!r}",
@@ -166,28 +196,53 @@ def recorded_settings(config: Any) -> dict[str, Any] | None:
     }
 
 
+def recorded_config(config: Any) -> dict[str, Any] | None:
+    """:func:`recorded_settings` of a transformers configuration, ``None`` if it records nothing."""
+    recorded = getattr(config, "quantization_config", None)
+    return None if recorded is None else recorded_settings(recorded)
+
+
+def made_by_fewbits(recorded: dict[str, Any]) -> bool:
+    """Whether a ``quantization_config`` was written by fewbits."""
+    return recorded.get("quant_method") == OWN_METHOD or _OWN_COMPUTE_DTYPE in recorded
+
+
 def is_transformers_model(model: nn.Module) -> bool:
     """Whether the model has a transformers configuration."""
     return hasattr(getattr(model, "config", None), "to_diff_dict")
 
 
-def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
-    """The ``quantization_config`` under which transformers with bitsandbytes loads this model's checkpoint.
+def quantization_config(model: nn.Module) -> dict[str, Any] | None:
+    """The ``quantization_config`` that describes this model's checkpoint, ``None`` if nothing is quantized.
 
-    ``None`` if nothing is quantized. One such config can describe one format on linear layers; a model that is more
-    than that gets the config of the format most of its weights have (see :func:`mixes_formats`).
+    It is bitsandbytes', under which transformers with bitsandbytes loads it, unless that cannot describe the model
+    (see :func:`mixes_formats`): then it is of a method of our own, which nobody takes for theirs.
     """
     specs: dict[QuantSpec, int] = {}
+    formats: dict[str, str] = {}
     skipped = []
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, QuantTensor):
-            specs[weight.spec] = specs.get(weight.spec, 0) + weight.numel()
-        elif is_linear(module):
+        parameters: dict[str, Any] = module._parameters
+        for key, p in parameters.items():
+            if isinstance(p, QuantTensor):
+                specs[p.spec] = specs.get(p.spec, 0) + p.numel()
+                formats[f"{name}.{key}" if name else key] = p.spec.format
+        if is_linear(module) and not isinstance(module.weight, QuantTensor):
             skipped.append(name)
     if not specs:
         return None
     spec = max(specs, key=lambda s: specs[s])
+    if mixes_formats(model):
+        return {
+            "quant_method": OWN_METHOD,
+            "format": spec.format,
+            "block_size": spec.block_size,
+            "double_quant": spec.double_quant,
+            "llm_int8_threshold": next((s.threshold for s in specs if s.format == "int8"), spec.threshold),
+            "compute_dtype": spec.compute_dtype and dtype_name(spec.compute_dtype),
+            "skip_modules": skipped,
+            "overrides": {path: format for path, format in formats.items() if not _as_usual(model, path, spec)},
+        }
     four = FORMATS[spec.format].blocked
     # bitsandbytes needs a compute dtype; where a layer computes in its input's, that of the model's other tensors is it
     plain = (p.dtype for p in model.parameters() if not isinstance(p, QuantTensor) and p.is_floating_point())
@@ -210,6 +265,14 @@ def bitsandbytes_config(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
+def _as_usual(model: nn.Module, path: str, spec: QuantSpec) -> bool:
+    """Whether a quantized parameter is what this format makes of every linear layer's weight."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    parameter: Any = module._parameters[name]
+    return name == "weight" and is_linear(module) and parameter.spec.format == spec.format
+
+
 def mixes_formats(model: nn.Module) -> bool:
     """Whether the model is more than transformers with bitsandbytes can load: one format, on linear layers."""
     found = {
@@ -222,12 +285,40 @@ def mixes_formats(model: nn.Module) -> bool:
 
 
 def record_config(model: nn.Module) -> None:
-    """Write the ``quantization_config`` into a transformers model's configuration, or remove one that is stale."""
+    """Write into a transformers model what it is, or remove what is stale.
+
+    That is the ``quantization_config`` of its configuration, and the attributes by which transformers, Accelerate and
+    PEFT tell a model whose weights are in 4 or 8 bits.
+    """
     if not is_transformers_model(model):
         return
     config: Any = model.config
-    recorded = bitsandbytes_config(model)
+    recorded = quantization_config(model)
     if recorded is not None:
         config.quantization_config = recorded
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
+    mark_quantized(model)
+
+
+def mark_quantized(model: Any) -> None:
+    """Set ``is_loaded_in_4bit`` and ``is_loaded_in_8bit``, of which one is true for a quantized model.
+
+    transformers then imports bitsandbytes to count parameters, ours among them; where it is not installed, the model
+    gets a method that counts without.
+    """
+    sizes = dict.fromkeys((4, 8), 0)
+    for p in model.parameters():
+        if isinstance(p, QuantTensor):
+            sizes[FORMATS[p.spec.format].bits] += p.numel()
+    model.is_loaded_in_4bit = sizes[4] > 0 and sizes[4] >= sizes[8]
+    model.is_loaded_in_8bit = sizes[8] > sizes[4]
+    if model.is_loaded_in_4bit and hasattr(model, "num_parameters") and not find_spec("bitsandbytes"):
+        model.num_parameters = MethodType(_num_parameters, model)
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """transformers' ``num_parameters``, for a model whose parameters all have their logical size."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+    counted = (p for p in model.parameters() if (p.requires_grad or not only_trainable) and id(p) not in embeddings)
+    return sum(p.numel() for p in counted)

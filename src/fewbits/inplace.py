@@ -1,4 +1,4 @@
-"""``quantize``: a model that is in memory, in place, one parameter at a time."""
+"""``quantize``, and ``dequantize``: a model that is in memory, in place, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.decide import make_plan
 from fewbits.devices import MaxMemory, check_devices
-from fewbits.errors import ConfigError
+from fewbits.errors import ConfigError, UnsupportedError
 from fewbits.hf import record_config
-from fewbits.modules import quantize_parameter
+from fewbits.modules import quantize_parameter, uninstall
+from fewbits.offload import is_offloaded
 from fewbits.place import Heap, bar, check_values, put
 from fewbits.plan import DeviceMap
 from fewbits.spread import Spread
@@ -95,5 +96,32 @@ def quantize(
         heap.trim()
         if spread is not None:
             spread.finish()
+    record_config(model)
+    return model
+
+
+def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn every quantized parameter back into a plain one, in place, one at a time: the way back from ``quantize``.
+
+    Args:
+        model: on one device or several; changed in place. Its layers become plain ones again.
+        dtype: of what was quantized, by default each parameter's logical dtype.
+
+    Returns:
+        The same model. Its parameters stay frozen.
+
+    Raises:
+        UnsupportedError: parts of the model are offloaded, where a plain tensor has no place.
+    """
+    if is_offloaded(model):
+        raise UnsupportedError("the model is offloaded", hint="load it on one device before dequantizing it")
+    with torch.no_grad():
+        for owners in owners_of(model):
+            p: Any = owners[0].module._parameters[owners[0].name]
+            if isinstance(p, QuantTensor):
+                value = p.dequantize().contiguous()
+                plain = nn.Parameter(value if dtype is None else value.to(dtype), requires_grad=False)
+                for owner in owners:
+                    uninstall(owner.module, owner.name, plain)
     record_config(model)
     return model

@@ -19,7 +19,7 @@ from fewbits.decide import STRATEGIES, make_plan
 from fewbits.devices import MaxMemory, check_devices, device_name
 from fewbits.errors import CheckpointError, FewbitsError, FewbitsWarning
 from fewbits.files import OpenFiles, StoredTensor
-from fewbits.hf import record_config, renaming
+from fewbits.hf import CONVERTED, is_converted, record_config, renaming
 from fewbits.match import Source, Target, ignored_by, match
 from fewbits.memory import Arena
 from fewbits.meta import empty_copy
@@ -115,7 +115,11 @@ def load_into(
     checkpoint = open_checkpoint(weights, revision=revision, token=token)
     with no_garbage_collection(), _staging(checkpoint, device_map, max_memory) as staging:
         empty = build()
-        targets = match(empty, checkpoint, strict=strict, ignore=ignored_by(empty), rename=renaming(empty))
+        try:
+            targets = match(empty, checkpoint, strict=strict, ignore=ignored_by(empty), rename=renaming(empty))
+        except CheckpointError as error:
+            error.hint = error.hint or (CONVERTED if is_converted(empty, checkpoint.tensors) else None)
+            raise
         storage = _storage_for(empty, targets, config, checkpoint)
         plan = make_plan(
             empty, storage, device_map, max_memory=max_memory, offload=offload, offload_folder=offload_folder,

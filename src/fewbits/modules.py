@@ -136,3 +136,11 @@ def install(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     if name == "weight" and (twin := twin_of(module)) is not None:
         module.__class__ = twin
     attach_state_dict_hooks(module)
+
+
+def uninstall(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Make ``parameter``, a plain one, the module's parameter of this name, and the module a plain one again."""
+    module._parameters[name] = parameter
+    bases = type(module).__mro__
+    if name == "weight" and twin_of(module) is bases[0]:
+        module.__class__ = next(base for base in bases if not base.__module__.startswith("fewbits."))

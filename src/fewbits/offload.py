@@ -568,3 +568,10 @@ def computes_faster(entries: list[Entry], device: torch.device) -> bool:
 def devices_of(model: nn.Module) -> dict[str, str]:
     """Where the parameters lie of a model that is spread over devices, by dotted name: "disk" is one."""
     return dict(getattr(model, "_fewbits_devices", {}))
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether parts of a model lie off the device they belong to: in host memory beside a GPU, or on disk."""
+    return isinstance(model.__dict__.get("_apply"), Unmovable) and not {"cpu", "disk"}.isdisjoint(
+        devices_of(model).values()
+    )

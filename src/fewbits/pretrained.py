@@ -9,7 +9,7 @@ from typing import Any
 from fewbits.checkpoint import local_path
 from fewbits.config import QuantizationConfig, as_config
 from fewbits.devices import MaxMemory
-from fewbits.hf import build_empty, read_config, recorded_settings
+from fewbits.hf import build_empty, read_config, recorded_config
 from fewbits.load import load_into
 from fewbits.plan import DeviceMap
 
@@ -49,7 +49,7 @@ def from_pretrained(
     folder = weights if weights.is_dir() else weights.parent
     model_config = read_config(folder)
     config = as_config(config, **settings)
-    recorded = recorded_settings(model_config)
+    recorded = recorded_config(model_config)
     if recorded and config == QuantizationConfig(**settings) and config.format is None:
         # no format is asked for: the tensors say which they have, the record what they do not say
         config = QuantizationConfig(**{**recorded, "format": None, "double_quant": False, **settings})

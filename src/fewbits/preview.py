@@ -13,7 +13,7 @@ from fewbits.config import QuantizationConfig, as_config
 from fewbits.decide import make_plan
 from fewbits.devices import MaxMemory
 from fewbits.errors import ConfigError
-from fewbits.hf import build_empty, read_config, recorded_settings, transformers_config
+from fewbits.hf import build_empty, read_config, recorded_config, transformers_config
 from fewbits.meta import empty_copy
 from fewbits.plan import DeviceMap, Plan
 from fewbits.storage import choose_storage
@@ -52,10 +52,10 @@ def plan(
     elif isinstance(model, Mapping):
         model = transformers_config(dict(model))
     if not isinstance(model, nn.Module) and hasattr(model, "to_diff_dict"):
-        recorded, built = recorded_settings(model), build_empty(model, Path())
+        recorded, built = recorded_config(model), build_empty(model, Path())
         if recorded and config is None:
             config = recorded.pop("format")
-            settings = {**recorded, "skip_modules": _recorded_skips(model, built), **settings}
+            settings = {"skip_modules": _recorded_skips(model, built), **recorded, **settings}
         model = built
     elif not isinstance(model, nn.Module) and not callable(model):
         raise ConfigError(

@@ -18,7 +18,7 @@ from fewbits.atomic import replacing
 from fewbits.devices import parse_bytes
 from fewbits.errors import FewbitsWarning, SaveError
 from fewbits.files import SAFETENSORS_DTYPES
-from fewbits.hf import bitsandbytes_config, is_transformers_model, mixes_formats
+from fewbits.hf import is_transformers_model, mixes_formats, quantization_config
 from fewbits.memory import writable_view
 from fewbits.place import bar
 
@@ -191,7 +191,7 @@ def _write_configs(model: nn.Module, staging: Path) -> None:
             FewbitsWarning,
             stacklevel=3,
         )
-    recorded = bitsandbytes_config(model)
+    recorded = quantization_config(model)
     if recorded is not None:
         config.quantization_config = recorded
     elif hasattr(config, "quantization_config"):
