@@ -53,7 +53,7 @@ def test_layers_import_only_what_stands_below_them():
         "errors", "partition", "memory", "kernels.codebooks", "kernels.reference", "kernels.pieces",
         "kernels.cpu_backend", "kernels.triton_backend", "kernels.nvrtc", "kernels.ways", "kernels.cuda_plans",
         "kernels.cuda_backend", "kernels", "formats", "tensor", "bench", "dispatch",
-        "statedict", "modules", "config", "structure", "storage", "devices", "plan", "decide",
+        "statedict", "accelerate_hooks", "modules", "config", "structure", "storage", "devices", "plan", "decide",
         "meta", "files", "reader", "hub", "checkpoint", "match", "hf", "homes", "offload", "place", "stored", "spread",
         "load", "inplace", "pretrained", "preview", "atomic", "save", "summary", "accelerate.accelerator",
         "accelerate.utils", "accelerate",

@@ -52,8 +52,12 @@ def _plain(x: Any) -> Any:
 
 _said: set[tuple[str, str | None]] = set()
 
-# Of a weight and another tensor, as adapters do it (DoRA adds its delta, IA³ scales): values are what is asked for.
-_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+# Of tensors, number by number, as adapters do it (DoRA adds its delta, IA³ scales, a merge looks for what is not
+# finite): values are what is asked for.
+_ARITHMETIC = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.equal.default, aten.abs.default,
+    aten.eq.Tensor,
+}  # fmt: skip
 
 
 def floor(func: Any, args: Any, kwargs: Any) -> Any:

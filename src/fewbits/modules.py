@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewbits.accelerate_hooks import HookSlot
 from fewbits.statedict import attach_state_dict_hooks
 from fewbits.tensor import QuantTensor, embedding, linear
 
@@ -32,6 +33,8 @@ def _describe(module: nn.Module, base: str) -> str:
 class QuantLinear(nn.Linear):
     """``nn.Linear`` with a quantized weight: x [..., in_features] to [..., out_features] in x's dtype."""
 
+    _hf_hook = HookSlot()
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight  # looked up once: a module's attributes are slow
         if _fast(weight):
@@ -45,6 +48,8 @@ class QuantLinear(nn.Linear):
 class QuantEmbedding(nn.Embedding):
     """``nn.Embedding`` with a quantized table: ids [...] to [..., embedding_dim] in the table's logical dtype."""
 
+    _hf_hook = HookSlot()
+
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.weight
         if _fast(weight):
@@ -57,6 +62,8 @@ class QuantEmbedding(nn.Embedding):
 
 class _QuantConv1DMixin:
     """transformers' ``Conv1D``, a linear layer whose weight is [in, out]; its bytes are stored as [out, in]."""
+
+    _hf_hook = HookSlot()
 
     weight: Tensor
     bias: Tensor

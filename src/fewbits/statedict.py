@@ -53,6 +53,14 @@ def _int8_companions(name: str) -> dict[str, str]:
     return {"absmax": prefix + "SCB", "weight_format": prefix + "weight_format"}
 
 
+def part_keys(name: str, spec: QuantSpec) -> dict[str, str]:
+    """The keys by role of a parameter of this name that is quantized so."""
+    if not FORMATS[spec.format].blocked:
+        return {"weight": name, **_int8_companions(name)}
+    parts = [part for part in _PLAIN_PARTS if spec.double_quant or not part.startswith("nested_")]
+    return {"weight": name, "quant_state": f"{name}{_QUANT_STATE}{spec.format}", **{p: f"{name}.{p}" for p in parts}}
+
+
 def group_keys(keys: Iterable[str]) -> dict[str, Group]:
     """Sort state-dict keys into parameters, by name.
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._tensor import _rebuild_from_type_v2
 
-from fewbits.errors import ConfigError, ShapeError
+from fewbits.errors import ConfigError, ShapeError, UnsupportedError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
 from fewbits.kernels import call, ops, unheard
 from fewbits.memory import note_write
@@ -54,11 +55,13 @@ class QuantTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, value: Tensor, requires_grad: bool = False, **attributes: Any) -> QuantTensor:
         if isinstance(value, QuantTensor):
-            return value.detach().requires_grad_(requires_grad)  # type: ignore[return-value]  # detach keeps the class
+            rebuilt: Any = value.detach().requires_grad_(requires_grad)  # detach keeps the class
+            rebuilt._is_param = True  # nn.Parameter's own mark
+            return rebuilt  # type: ignore[no-any-return]
         raise ConfigError(
             f"QuantTensor was called with a {type(value).__name__}",
             expected="a QuantTensor",
-            hint="use QuantTensor.quantize(tensor, QuantSpec(...)) to quantize",
+            hint="QuantTensor.quantize(tensor, QuantSpec(…)) quantizes; load_state_dict and fewbits.load load",
         )
 
     @classmethod
@@ -139,6 +142,19 @@ class QuantTensor(torch.Tensor):
         with torch.no_grad():
             self.copy_(value)
 
+    def data_ptr(self) -> int:
+        """Where the packed codes lie, by which code tells tensors that are the same memory; 0 on the meta device."""
+        return self.packed.data_ptr()
+
+    @property
+    def _parameters(self) -> NoReturn:
+        """What code that walks down a state dict's keys asks a module for, when it comes to a part of a weight."""
+        raise UnsupportedError(
+            "a state dict's entry belongs to a quantized parameter, and cannot be set by itself",
+            parameter=self.label,
+            hint="load it with load_state_dict, fewbits.load, or fewbits.from_pretrained",
+        )
+
     def dequantize(self) -> Tensor:
         """A plain tensor of the logical shape and dtype."""
         out = dequantize_inner(self.inner_tensors, self.spec, self.stored_shape, self.dtype)
@@ -149,6 +165,13 @@ class QuantTensor(torch.Tensor):
             f"QuantTensor({self.spec}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"bytes={sum(t.nbytes for t in self.inner_tensors.values())})"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # as torch pickles wrapper subclasses, which it would tell by a data_ptr() of 0
+        about = self.dtype, tuple(self.size()), self.stride(), self.storage_offset(), self.layout, self.device
+        arguments = type(self), *about, self.requires_grad
+        state = torch._utils._get_obj_state(self)
+        return _rebuild_from_type_v2, (torch._utils._rebuild_wrapper_subclass, type(self), arguments, state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantTensor:
         if id(self) in memo:

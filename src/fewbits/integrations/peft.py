@@ -5,12 +5,15 @@ PEFT needs nothing from here to put LoRA, DoRA or IA³ on a fewbits model, trans
 merge (``weight += delta``) dequantizes, adds and quantizes again. What is here goes beyond:
 
 - :func:`merge_and_unload` keeps merged weights in 16 bits if asked to (a 4-bit format loses most of a small delta), and
-  merges IA³ too, which PEFT refuses for weights in 4 or 8 bits;
-- :func:`fuse_lora` makes training faster and smaller: LoRA's two small products join the quantized one.
+  merges IA³ too;
+- :func:`fuse_lora` makes training faster and smaller: LoRA's two small products join the quantized one;
+- :func:`as_plain` is for what PEFT refuses to do with weights in 4 or 8 bits, since it thinks of bitsandbytes' layers:
+  mixed adapters (``get_peft_model(…, mixed=True)``), and IA³'s own ``merge_and_unload``.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +27,26 @@ from fewbits.errors import ConfigError
 from fewbits.hf import record_config
 from fewbits.modules import QuantLinear, is_conv1d, uninstall
 from fewbits.tensor import QuantTensor, linear, linear_t
+
+_MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+@contextlib.contextmanager
+def as_plain(model: nn.Module) -> Iterator[None]:
+    """Within it the model and what it is wrapped in do not say that they are loaded in 4 or 8 bits.
+
+    Args:
+        model: a fewbits model, or a PEFT model of one.
+    """
+    marked = [(module, mark) for module in model.modules() for mark in _MARKS if module.__dict__.get(mark) is True]
+    for module, mark in marked:
+        setattr(module, mark, False)
+    try:
+        yield
+    finally:
+        for module, mark in marked:
+            setattr(module, mark, True)
+
 
 # ------------------------------------------------------------------------------------------------- merging
 
@@ -62,10 +85,12 @@ def merge_and_unload(
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             continue
         with torch.no_grad():
-            uninstall(own, "weight", nn.Parameter(weight.dequantize().float().contiguous(), requires_grad=False))
+            plain = weight.relabelled(torch.float32).dequantize().contiguous()  # not rounded to 16 bits before the sum
+            uninstall(own, "weight", nn.Parameter(plain, requires_grad=False))
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             own.weight.data = own.weight.data.to(dtype)
-    unloaded: nn.Module = base.unload()
+    with as_plain(model):
+        unloaded: nn.Module = base.unload()
     record_config(unloaded)
     return unloaded
 

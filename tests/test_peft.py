@@ -1,0 +1,482 @@
+"""PEFT's adapters on fewbits models, transformers' and others.
+
+The truth is the same adapter on the dequantized model: a layer on a quantized weight computes what it does on the
+weight that it stands for, forwards and backwards, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import ARCHITECTURES
+from peft import IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fewbits
+from fewbits.errors import ConfigError
+from fewbits.formats import dequantize_inner, quantize_inner
+from fewbits.inplace import dequantize
+from fewbits.integrations.peft import FusedLoraLinear, as_plain, fuse_lora, merge_and_unload
+from fewbits.modules import QuantLinear
+from fewbits.tensor import QuantTensor
+from models import GPT, same_tensors
+
+FORMATS = {"nf4": {"double_quant": True}, "fp4": {}, "int8": {}}
+ADAPTERS = {
+    "lora": lambda **k: LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **{"target_modules": "all-linear", **k}),
+    "dora": lambda **k: LoraConfig(
+        r=4, use_dora=True, init_lora_weights=False, **{"target_modules": "all-linear", **k}
+    ),
+    "ia3": lambda target_modules=("k_proj", "v_proj", "down_proj"): IA3Config(
+        target_modules=[*target_modules], feedforward_modules=[target_modules[-1]], init_ia3_weights=False
+    ),
+}  # fmt: skip
+
+# PEFT's own use of what transformers renames
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated"),
+]
+
+
+@pytest.fixture(params=FORMATS)
+def format(request):
+    return request.param
+
+
+def _llama(format: str, device: str = "cpu", seed: int = 0):
+    return fewbits.quantize(ARCHITECTURES["llama"].build(seed).to(device), format, **FORMATS[format])
+
+
+def _on_dequantized(model: nn.Module) -> nn.Module:
+    """A copy whose base weights are plain, with the same adapters."""
+    twin = copy.deepcopy(model)
+    dequantize(twin.base_model.model)
+    return twin
+
+
+def _gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def _limit(format: str) -> float:
+    """fp32 sums in another order; int8's two digits keep 16 bits of the activations (2^-15 at each of 14 layers)."""
+    return 14 * 2.0**-15 if format == "int8" else 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- computing
+
+
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_outputs_and_gradients_are_those_on_the_dequantized_model(adapter, format, device):
+    a = ARCHITECTURES["llama"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fewbits.FewbitsWarning)
+        model = get_peft_model(_llama(format, device), ADAPTERS[adapter]())
+        plain = _on_dequantized(model)
+        inputs = {k: v.to(device) for k, v in a.batch().items()}
+        got, want = _gradients(model, inputs), _gradients(plain, inputs)
+        assert _relative(a.run(model.eval()), a.run(plain.eval())) <= _limit(format)
+    assert len(got) >= 6
+    for name, gradient in got.items():
+        assert gradient.norm() > 0, name
+        assert _relative(gradient, want[name]) <= 4 * _limit(format), name
+
+
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_on_a_module_that_is_not_transformers(adapter, format, device):
+    torch.manual_seed(0)
+    base = fewbits.quantize(GPT().to(device), format, **FORMATS[format])
+    model = get_peft_model(base, ADAPTERS[adapter](target_modules=["c_attn", "c_fc", "c_proj"]))
+    plain = _on_dequantized(model)
+    ids = torch.arange(20, device=device).remainder(50).view(2, 10)
+    gradients = []
+    for one in (model, plain):
+        F.cross_entropy(one(ids).flatten(0, 1), ids.flatten()).backward()
+        gradients.append({n: p.grad for n, p in one.named_parameters() if p.requires_grad})
+    assert gradients[0]
+    for name, gradient in gradients[0].items():
+        assert _relative(gradient, gradients[1][name]) <= 8 * _limit(format), name
+
+
+def test_all_linear_means_every_linear_layer_but_the_head(format):
+    model = get_peft_model(_llama(format), ADAPTERS["lora"]())
+    tuned = {name for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert {f"{name}.base_layer" for name in tuned} == quantized
+    assert not any("lm_head" in name for name in tuned)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_prepared_for_training_with_checkpointing(format, reentrant, device):
+    """PEFT's preparation turns checkpointing on, and the gradients stay."""
+    a = ARCHITECTURES["llama"]
+    inputs = {k: v.to(device) for k, v in a.batch().items()}
+    config = ADAPTERS["lora"]
+    plain = _llama(format, device)
+    torch.manual_seed(0)
+    want = _gradients(get_peft_model(plain, config()).train(), inputs)
+    base = prepare_model_for_kbit_training(
+        _llama(format, device), gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    assert base.model.gradient_checkpointing
+    assert not any(p.requires_grad for p in base.parameters())
+    torch.manual_seed(0)
+    got = _gradients(get_peft_model(base, config()).train(), inputs)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert _relative(got[name], want[name]) <= 1e-5, name
+
+
+def test_preparing_a_model_in_16_bits(format):
+    """PEFT casts what is not quantized to fp32; the bytes of what is stay."""
+    base = _llama(format).to(torch.bfloat16)
+    before = {n: {k: t.clone() for k, t in p.inner_tensors.items()} for n, p in _quantized(base).items()}
+    prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    for name, p in _quantized(base).items():
+        assert all(torch.equal(t, before[name][k]) for k, t in p.inner_tensors.items())
+    assert {p.dtype for p in base.parameters() if not isinstance(p, QuantTensor)} == {torch.float32}
+
+
+def _quantized(model: nn.Module) -> dict[str, QuantTensor]:
+    return {name: p for name, p in model.named_parameters() if isinstance(p, QuantTensor)}
+
+
+class _Checkpointed(GPT):
+    def forward(self, ids):
+        t = self.transformer
+        x = t["wte"](ids) + t["wpe"](torch.arange(ids.shape[1], device=ids.device))
+        for block in t["h"]:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.lm_head(t["ln_f"](x))
+
+
+def test_preparing_a_module_that_is_not_transformers(format):
+    torch.manual_seed(0)
+    base = fewbits.quantize(_Checkpointed(), format, **FORMATS[format])
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    plain = copy.deepcopy(model)
+    plain.base_model.model.__class__ = GPT
+    ids = torch.arange(20).remainder(50).view(2, 10)
+    for one in (model, plain):
+        F.cross_entropy(one(ids).flatten(0, 1), ids.flatten()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_several_adapters_and_mixed_ones(format):
+    """Two LoRAs by turns and joined, and a LoRA beside an IA³."""
+    a = ARCHITECTURES["llama"]
+    model = get_peft_model(_llama(format), ADAPTERS["lora"]()).eval()
+    model.add_adapter("second", ADAPTERS["lora"]())
+    model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "joined", combination_type="cat")
+    plain = _on_dequantized(model)
+    outputs = []
+    for name in ("default", "second", "joined"):
+        model.set_adapter(name)
+        plain.set_adapter(name)
+        outputs.append(a.run(model))
+        assert _relative(outputs[-1], a.run(plain)) <= _limit(format)
+    assert _relative(outputs[0], outputs[1]) > 0.01
+    with model.disable_adapter():
+        assert torch.equal(a.run(model), a.run(_llama(format)))
+
+    torch.manual_seed(0)
+    base = _llama(format)
+    with as_plain(base):
+        mixed = get_peft_model(base, ADAPTERS["lora"](), mixed=True).eval()
+        assert isinstance(mixed, PeftMixedModel)
+        mixed.add_adapter("hada", peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False))
+    assert base.is_loaded_in_4bit or base.is_loaded_in_8bit
+    mixed.set_adapter(["default", "hada"])
+    plain = _on_dequantized(mixed)
+    assert _relative(a.run(mixed), a.run(plain)) <= _limit(format)
+
+
+def test_saved_and_loaded_again(format, tmp_path, device):
+    a = ARCHITECTURES["llama"]
+    model = get_peft_model(_llama(format, device), ADAPTERS["lora"]()).eval()
+    want = a.run(model)
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    again = PeftModel.from_pretrained(_llama(format, device), tmp_path).eval()
+    assert torch.equal(a.run(again), want)
+
+
+# ------------------------------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_a_merged_weight_is_the_sum_quantized_again(adapter, safe, format, device):
+    model = get_peft_model(_llama(format, device), ADAPTERS[adapter]()).eval()
+    truth = _on_dequantized(model).merge_and_unload()
+    specs = {n.replace(".base_layer", ""): p.spec for n, p in _quantized(model.base_model.model).items()}
+    if adapter == "ia3":
+        with pytest.raises(ValueError, match="Cannot merge ia3 layers when the model is loaded in"):
+            copy.deepcopy(model).merge_and_unload()
+        twin = copy.deepcopy(model)
+        with as_plain(twin):
+            theirs = twin.merge_and_unload(safe_merge=safe)
+    else:  # by PEFT's own function, the same bytes
+        theirs = copy.deepcopy(model).merge_and_unload(safe_merge=safe)
+    merged = merge_and_unload(model, safe_merge=safe)
+    before = _quantized(_llama(format, device))
+    changed = 0
+    for name, p in _quantized(merged).items():
+        assert torch.equal(p, theirs.get_parameter(name))
+        if adapter == "ia3" and not name.endswith(("k_proj.weight", "v_proj.weight", "down_proj.weight")):
+            assert torch.equal(p, before[name])
+            continue
+        w = truth.get_parameter(name)
+        expected = dequantize_inner(quantize_inner(w, specs[name]), specs[name], w.shape, w.dtype)
+        # the delta is the same, its sum with the weight may round the other way in the last bit
+        step = (w.abs().amax() / (127 if format == "int8" else 3)).item()
+        difference = (p.dequantize() - expected).abs()
+        assert (difference > 1e-5 * step).float().mean() <= 2e-3, name
+        assert difference.max() <= step, name
+        changed += 1
+    assert changed == (6 if adapter == "ia3" else 14)
+    assert not any("lora" in name or "ia3" in name for name, _ in merged.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("adapter", list(ADAPTERS))
+def test_merged_weights_kept_in_16_bits(adapter, dtype, format, tmp_path):
+    a = ARCHITECTURES["llama"]
+    base = _llama(format).to(dtype)
+    model = get_peft_model(base, ADAPTERS[adapter]()).eval()
+    truth = _on_dequantized(copy.deepcopy(model).float()).merge_and_unload()
+    tuned = {n.replace("base_model.model.", "") for n, m in model.named_modules() if hasattr(m, "base_layer")}
+    unmerged = a.run(model)
+    merged = merge_and_unload(model, dtype=dtype)
+    for name in tuned:
+        weight = merged.get_submodule(name).weight
+        assert not isinstance(weight, QuantTensor)
+        assert weight.dtype is dtype
+        assert type(merged.get_submodule(name)) is nn.Linear
+        want = truth.get_parameter(f"{name}.weight")
+        assert (weight.float() - want).norm() <= (2.0**-8 if dtype is torch.bfloat16 else 1e-6) * want.norm()
+    rest = {n for n, m in merged.named_modules() if isinstance(getattr(m, "weight", None), QuantTensor)}
+    assert len(rest) == 14 - len(tuned)
+    if dtype is torch.float32:
+        assert _relative(a.run(merged), unmerged) <= _limit(format)
+    fewbits.save(merged, tmp_path)
+    assert same_tensors(fewbits.from_pretrained(tmp_path, device_map="cpu").state_dict(), merged.state_dict())
+
+
+def test_unmerged_again(format):
+    """As near to what it was as quantizing twice allows; nearer than it was moved by a large delta."""
+    model = get_peft_model(_llama(format), ADAPTERS["lora"]()).eval()
+    before = {n: p.dequantize() for n, p in _quantized(model).items()}
+    model.merge_adapter()
+    between = {n: p.dequantize() for n, p in _quantized(model).items()}
+    model.unmerge_adapter()
+    for name, p in _quantized(model).items():
+        moved, left = (between[name] - before[name]).norm(), (p.dequantize() - before[name]).norm()
+        assert moved > 0
+        assert left < 0.5 * moved if format == "int8" else left < moved
+
+
+def test_merging_into_a_module_that_is_not_transformers(format):
+    torch.manual_seed(0)
+    base = fewbits.quantize(GPT().eval(), format, **FORMATS[format])
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["c_fc"], init_lora_weights=False)).eval()
+    ids = torch.arange(20).remainder(50).view(2, 10)
+    with torch.no_grad():
+        want = model(ids)
+        merged = merge_and_unload(model, dtype=torch.float32)
+        assert merged is base
+        assert _relative(merged(ids), want) <= _limit(format)
+    kinds = {n.rsplit(".", 1)[-1]: isinstance(m.weight, QuantTensor) for n, m in base.named_modules()
+             if isinstance(m, nn.Linear)}  # fmt: skip
+    assert kinds == {"c_attn": True, "c_proj": True, "c_fc": False, "lm_head": False}
+
+
+# ------------------------------------------------------------------------------------------------- fused LoRA
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_fused_lora_is_pefts_in_fp32(name, dropout, format, device):
+    a = ARCHITECTURES[name]
+    base = fewbits.quantize(a.build().to(device), format, **FORMATS[format])
+    config = ADAPTERS["lora"](lora_dropout=dropout, fan_in_fan_out=name == "gpt2")
+    model = get_peft_model(base, config).train()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout) and module.p == 0.1:
+            module.p = 0.0  # of the model itself: random numbers are drawn in the same order then
+    inputs = {k: v.to(device) for k, v in a.batch().items()}
+    torch.manual_seed(1)
+    want, expected = _gradients(model, inputs), a.run(model.eval())
+    keys = [*model.state_dict()]
+    assert fuse_lora(model.train()) is model
+    assert [*model.state_dict()] == keys
+    fused = [m for m in model.modules() if type(m) is FusedLoraLinear]
+    assert len(fused) == len(_quantized(model))
+    torch.manual_seed(1)
+    got = _gradients(model, inputs)
+    assert got.keys() == want.keys()
+    for key in want:
+        assert _relative(got[key], want[key]) <= 1e-4, key  # fp32 sums of a few thousand terms in another order
+    assert _relative(a.run(model.eval()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_fused_lora_in_bf16_is_as_accurate_as_pefts(autocast, format, device):
+    """Both against fp32: what differs is where 16-bit numbers are rounded."""
+    a = ARCHITECTURES["llama"]
+    inputs = {k: v.to(device) for k, v in a.batch().items()}
+    exact = get_peft_model(_llama(format, device), ADAPTERS["lora"]())
+    truth = _gradients(_on_dequantized(exact), inputs)
+    model = copy.deepcopy(exact)
+    if not autocast:
+        for module in [*model.modules()]:
+            for key, p in module._parameters.items():
+                if p is not None and "lora" not in key and not p.requires_grad:
+                    module._parameters[key] = p.to(torch.bfloat16)
+
+    def errors() -> list[float]:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            got = _gradients(model, inputs)
+        return [_relative(got[key], truth[key]) for key in truth]
+
+    theirs = errors()
+    fuse_lora(model)
+    ours = errors()
+    # under autocast PEFT rounds the same things; without, it computes the adapter in fp32
+    assert sum(ours) <= (1.25 if autocast else 2) * sum(theirs)
+    assert max(ours) <= (2 if autocast else 4) * max(theirs)
+
+
+def test_fused_lora_leaves_the_rest_to_peft(format):
+    """DoRA, several adapters, one merged, one disabled, one with a bias: PEFT's own results, to the bit."""
+    a = ARCHITECTURES["llama"]
+
+    def both(config, change=lambda m: None):
+        torch.manual_seed(0)
+        model = get_peft_model(_llama(format), config).eval()
+        change(model)
+        want = a.run(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(a.run(fuse_lora(model)), want)
+
+    def two(model):
+        model.add_adapter("second", ADAPTERS["lora"]())
+        model.base_model.set_adapter(["default", "second"])
+
+    both(ADAPTERS["dora"]())
+    both(ADAPTERS["lora"](), two)
+    both(ADAPTERS["lora"](), lambda m: m.merge_adapter())
+    both(ADAPTERS["lora"](), lambda m: m.base_model.disable_adapter_layers())
+    torch.manual_seed(0)
+    opt = fewbits.quantize(ARCHITECTURES["opt"].build(), format, **FORMATS[format])
+    model = get_peft_model(opt, ADAPTERS["lora"](target_modules=["q_proj"], lora_bias=True)).eval()
+    want = ARCHITECTURES["opt"].run(model)
+    assert torch.equal(ARCHITECTURES["opt"].run(fuse_lora(model)), want)
+
+
+def test_fused_lora_saves_less_for_backward(format):
+    """What autograd keeps of a layer: the input in the product's dtype and r numbers a row."""
+    base = fewbits.quantize(nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 8)), format, **FORMATS[format])
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
+    x = torch.randn(50, 64, requires_grad=True)
+    parts = [t for p in model.parameters() for t in getattr(p, "inner_tensors", {"": p}).values()]
+    own = {t.untyped_storage()._cdata for t in parts}
+    layer = model.base_model.model[0]
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            held = layer(x)
+        assert held.dtype is torch.bfloat16
+        gc.collect()
+        return sum(sizes.values())
+
+    theirs = kept()
+    fuse_lora(model)
+    ours = kept()
+    weights = 2 * 4 * (64 + 96)  # of the adapter, cast
+    assert ours <= 2 * 50 * (64 + 4) + weights
+    assert ours < theirs
+
+
+def test_fused_lora_trains_offloaded_parts(tmp_path):
+    """Half of the model streams from disk; gradients are those of the same model in memory."""
+    a = ARCHITECTURES["llama"]
+    fewbits.save(_llama("nf4"), tmp_path)
+    places = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    config = ADAPTERS["lora"](target_modules=["q_proj", "down_proj"])
+    grads = []
+    for device_map in ("cpu", places):
+        torch.manual_seed(0)
+        model = get_peft_model(fewbits.from_pretrained(tmp_path, device_map=device_map), config)
+        fuse_lora(model)
+        grads.append(_gradients(model, a.batch()))
+    for name, want in grads[0].items():
+        torch.testing.assert_close(grads[1][name], want, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_cannot_be_merged_or_fused(format):
+    with pytest.raises(ConfigError, match="has no adapters to merge"):
+        merge_and_unload(_llama(format))
+    with pytest.raises(ConfigError, match="no LoRA layer on a quantized linear layer"):
+        fuse_lora(_llama(format))
+    with pytest.raises(ConfigError, match="no LoRA layer on a quantized linear layer"):
+        fuse_lora(get_peft_model(ARCHITECTURES["llama"].build(), ADAPTERS["lora"]()))
+    with pytest.raises(ConfigError, match="no LoRA layer on a quantized linear layer"):
+        fuse_lora(get_peft_model(_llama(format), ADAPTERS["ia3"]()))
+    model = get_peft_model(_llama(format), ADAPTERS["lora"]())
+    before = {n: p.dequantize() for n, p in _quantized(model).items()}
+    with pytest.raises(ConfigError, match=r"dtype is torch\.int8"):
+        merge_and_unload(model, dtype=torch.int8)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaNs|NaN or infinite"):
+        merge_and_unload(model, safe_merge=True)
+    first = next(iter(before))
+    assert torch.equal(_quantized(model)[first].dequantize(), before[first]), "the weight is as it was"
+
+
+def test_an_adapter_of_another_base(format, tmp_path):
+    """PEFT's own errors, which name the layers; the base model's bytes stay."""
+    get_peft_model(_llama(format), ADAPTERS["lora"]()).save_pretrained(tmp_path)
+    other = fewbits.quantize(ARCHITECTURES["gpt2"].build(), format, **FORMATS[format])
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    wider = ARCHITECTURES["mistral"].config()
+    wider.hidden_size, wider.intermediate_size = 128, 192
+    torch.manual_seed(0)
+    wide = fewbits.quantize(ARCHITECTURES["mistral"].kind(wider), format, **FORMATS[format])
+    with pytest.raises(RuntimeError, match=r"size mismatch for base_model.*lora_A"):
+        PeftModel.from_pretrained(wide, tmp_path)
