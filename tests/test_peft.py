@@ -275,6 +275,8 @@ def test_merged_weights_kept_in_16_bits(adapter, dtype, format, tmp_path):
         assert (weight.float() - want).norm() <= (2.0**-8 if dtype is torch.bfloat16 else 1e-6) * want.norm()
     rest = {n for n, m in merged.named_modules() if isinstance(getattr(m, "weight", None), QuantTensor)}
     assert len(rest) == 14 - len(tuned)
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert torch.isfinite(a.run(merged)).all()
     if dtype is torch.float32:
         assert _relative(a.run(merged), unmerged) <= _limit(format)
     fewbits.save(merged, tmp_path)

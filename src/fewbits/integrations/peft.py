@@ -23,9 +23,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fewbits.errors import ConfigError
+from fewbits.errors import ConfigError, UnsupportedError
 from fewbits.hf import record_config
 from fewbits.modules import QuantLinear, is_conv1d, uninstall
+from fewbits.offload import is_offloaded
+from fewbits.place import put
+from fewbits.storage import owners_of
 from fewbits.tensor import QuantTensor, linear, linear_t
 
 _MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -59,8 +62,8 @@ def merge_and_unload(
     Args:
         model: a ``PeftModel`` (or ``PeftMixedModel``) whose base is a fewbits model; it is used up.
         dtype: what the merged weights are kept in, ``torch.bfloat16`` for one: dequantized + delta, summed in fp32 and
-            rounded once. ``None`` quantizes them again, each to the format that it had: most of a delta below half a
-            step of the format is lost there.
+            rounded once; the other parameters are cast to it as well. ``None`` quantizes merged weights again, each to
+            the format that it had: most of a delta below half a step of the format is lost there.
         adapter_names: which adapters; by default the active ones.
         safe_merge: raise instead of merging an adapter with values that are not finite.
 
@@ -69,6 +72,7 @@ def merge_and_unload(
 
     Raises:
         ConfigError: the model is none of PEFT's, or ``dtype`` is no floating-point one.
+        UnsupportedError: ``dtype`` is given, and parts of the model are offloaded.
         ValueError: PEFT's own, of an adapter that is broken (``safe_merge``) or cannot be merged.
     """
     base = getattr(model, "base_model", None)
@@ -76,6 +80,8 @@ def merge_and_unload(
         raise ConfigError(f"a {type(model).__name__} has no adapters to merge", expected="a model of peft")
     if dtype is not None and not dtype.is_floating_point:
         raise ConfigError(f"dtype is {dtype}", expected="torch.bfloat16, torch.float16 or torch.float32")
+    if dtype is not None and is_offloaded(base.model):
+        raise UnsupportedError("the model is offloaded", hint="merge it with dtype=None, or load it on one device")
     for layer in _tuned(base):
         if not check_adapters_to_merge(layer, adapter_names):
             continue
@@ -88,11 +94,23 @@ def merge_and_unload(
             plain = weight.relabelled(torch.float32).dequantize().contiguous()  # not rounded to 16 bits before the sum
             uninstall(own, "weight", nn.Parameter(plain, requires_grad=False))
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            own.weight.data = own.weight.data.to(dtype)
+            own.weight.data = own.weight.data.to(dtype)  # at once: there is one in fp32 at a time
     with as_plain(model):
         unloaded: nn.Module = base.unload()
+    if dtype is not None:
+        _cast_parameters(unloaded, dtype)
     record_config(unloaded)
     return unloaded
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Without buffers, some of which are to stay in fp32 (a rotary embedding's frequencies)."""
+    for owners in owners_of(model):
+        p: Any = owners[0].module._parameters[owners[0].name]
+        if isinstance(p, QuantTensor):
+            put(owners, p.relabelled(dtype), False)
+        elif p.is_floating_point():
+            p.data = p.data.to(dtype)
 
 
 def _tuned(model: nn.Module) -> Iterator[Any]:
