@@ -7,7 +7,8 @@
 Every row is a process of its own, and does the same: it loads the checkpoint (random weights), has PEFT prepare the
 model (``prepare_model_for_kbit_training``: gradient checkpointing, what is not quantized in fp32), puts a LoRA of rank
 16 on every linear layer but the head, and takes steps of AdamW on 4 texts of 1024 tokens under autocast to bf16. The
-rows named ``-peft`` are fewbits' weights under PEFT's own LoRA layers, those without ``fuse_lora``.
+rows named ``-peft`` are fewbits' weights under PEFT's own functions and layers; in the others fewbits prepares the
+model (the same numbers, tables and head in 16 bits) and fuses LoRA (``fewbits.integrations.peft``).
 
 The loss is that of two batches in turn, from adapters with the same first values, so that rows of one format can be
 compared step by step: ``loss off`` is the largest relative difference from bitsandbytes' row. A step's time is the
@@ -33,7 +34,7 @@ import torch
 from llama import GiB, number, say
 from torch import nn
 
-BATCH, LENGTH, RANK = 4, 1024, 16
+BATCH, LENGTH, RANK, RATE = 4, 1024, 16, 2e-4
 STEPS, WARM = 12, 4
 TARGETS = {"seconds": 0.75, "peak_bytes": 0.95}  # of bitsandbytes' in the same format, at most
 SAME_LOSS = 0.01  # relative
@@ -64,10 +65,10 @@ ROWS = {
     "floor": Row("the products alone, in bf16", "none", None),
     "bf16": Row("LoRA on bf16", "none", None),
     "bitsandbytes-nf4": Row("PEFT + bitsandbytes, nf4", "bitsandbytes", "nf4"),
-    "fewbits-nf4-peft": Row("PEFT + fewbits, nf4, LoRA not fused", "fewbits", "nf4"),
+    "fewbits-nf4-peft": Row("PEFT + fewbits, nf4, PEFT's own functions", "fewbits", "nf4"),
     "fewbits-nf4": Row("PEFT + fewbits, nf4", "fewbits", "nf4", fused=True),
     "bitsandbytes-int8": Row("PEFT + bitsandbytes, int8", "bitsandbytes", "int8"),
-    "fewbits-int8-peft": Row("PEFT + fewbits, int8, LoRA not fused", "fewbits", "int8"),
+    "fewbits-int8-peft": Row("PEFT + fewbits, int8, PEFT's own functions", "fewbits", "int8"),
     "fewbits-int8": Row("PEFT + fewbits, int8", "fewbits", "int8", fused=True),
 }
 
@@ -78,7 +79,7 @@ def load(row: Row, folder: Path, device: str) -> Any:
     import transformers
 
     import fewbits
-    from fewbits.integrations.peft import fuse_lora
+    from fewbits.integrations.peft import fuse_lora, prepare_model_for_kbit_training
 
     if row.tool == "fewbits":
         settings = {"double_quant": True, "compute_dtype": torch.bfloat16} if row.format == "nf4" else {}
@@ -91,7 +92,10 @@ def load(row: Row, folder: Path, device: str) -> Any:
     if row.format is None:  # PEFT prepares what is quantized only
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    model = peft.prepare_model_for_kbit_training(model) if row.format else model
+    elif row.fused:
+        model = prepare_model_for_kbit_training(model)
+    else:
+        model = peft.prepare_model_for_kbit_training(model)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     return fuse_lora(model) if row.fused else model
@@ -140,7 +144,7 @@ def measure(name: str, folder: Path, device: str, sizes: tuple[int, int], profil
     with torch.enable_grad():
         model = load(row, folder, device).train()
         data = batches(model.config.vocab_size, device, batch, length)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
         losses: list[torch.Tensor] = []
 
         def step(i: int) -> None:

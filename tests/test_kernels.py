@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._python_dispatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,3 +238,40 @@ def test_autocast(device):
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ConfigError, match="reference"):
         kernels.force_backend("fast")
+
+
+@pytest.mark.parametrize("needs_bias", [True, False])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_recorded_past_the_dispatcher_or_through_it(spec, needs_bias, device):
+    """Training's short way gives the bits of the registered operators, forwards and backwards, under autocast too."""
+
+    class Listening(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    q = QuantTensor.quantize(torch.randn(48, 64, device=device), spec)
+    given = torch.randn(9, 64, device=device), torch.randn(48, device=device), torch.randn(9, 48, device=device)
+    for autocast in (False, True):
+        found = []
+        for way in (contextlib.nullcontext(), Listening()):
+            x, bias, g = (t.clone() for t in given)
+            x.requires_grad_()
+            bias.requires_grad_(needs_bias)
+            with way, torch.autocast(device, torch.bfloat16, enabled=autocast):
+                assert kernels.undisturbed(x) == isinstance(way, contextlib.nullcontext)
+                out = linear(x, q, bias)
+                assert torch.is_autocast_enabled(device) == autocast
+            out.backward(g.to(out.dtype))
+            found.append((out.detach(), x.grad, bias.grad))
+        for one, two in zip(*found, strict=True):
+            assert (one is None) == (two is None)
+            assert one is None or (one.dtype == two.dtype and torch.equal(one, two))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradient_of_the_transposed_product(spec, device):
+    q = QuantTensor.quantize(torch.randn(48, 64, device=device), spec)
+    w = q.dequantize()
+    x, g = torch.randn(9, 48, device=device, requires_grad=True), torch.randn(9, 64, device=device)
+    (x @ q).backward(g)
+    torch.testing.assert_close(x.grad, g @ w.t(), rtol=2e-4, atol=2e-3)

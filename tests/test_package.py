@@ -57,7 +57,7 @@ def test_layers_import_only_what_stands_below_them():
         "meta", "files", "reader", "hub", "checkpoint", "match", "hf", "homes", "offload", "place", "stored", "spread",
         "load", "inplace", "pretrained", "preview", "atomic", "save", "summary", "accelerate.accelerator",
         "accelerate.utils", "accelerate",
-        "integrations", "integrations.transformers", "integrations.peft",
+        "integrations", "integrations.transformers", "integrations.fused_lora", "integrations.peft",
     ]  # fmt: skip
     source = ROOT / "src" / "fewbits"
     found = {

@@ -24,6 +24,7 @@ from fewbits.errors import ConfigError
 from fewbits.formats import dequantize_inner, quantize_inner
 from fewbits.inplace import dequantize
 from fewbits.integrations.peft import FusedLoraLinear, as_plain, fuse_lora, merge_and_unload
+from fewbits.integrations.peft import prepare_model_for_kbit_training as prepare
 from fewbits.modules import QuantLinear
 from fewbits.tensor import QuantTensor
 from models import GPT, same_tensors
@@ -153,6 +154,63 @@ def test_preparing_a_model_in_16_bits(format):
 
 def _quantized(model: nn.Module) -> dict[str, QuantTensor]:
     return {name: p for name, p in model.named_parameters() if isinstance(p, QuantTensor)}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_prepared_in_less_memory(name, format, device):
+    """Tables and heads stay in 16 bits, and every number is PEFT's, under the autocast that training runs in."""
+    a = ARCHITECTURES[name]
+    inputs = {k: v.to(device) for k, v in a.batch().items()}
+    found = []
+    for function in (prepare_model_for_kbit_training, prepare):
+        base = a.build().to(device, torch.bfloat16)
+        base = fewbits.quantize(base, format, **FORMATS[format])
+        base = function(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert not any(p.requires_grad for p in base.parameters())
+        plain = {n: p for n, p in base.named_parameters() if not isinstance(p, QuantTensor)}
+        size = sum(p.nbytes for p in plain.values())
+        halves = {n for n, p in plain.items() if p.dtype is torch.bfloat16}
+        torch.manual_seed(0)
+        model = get_peft_model(base, ADAPTERS["lora"](fan_in_fan_out=name == "gpt2")).eval()  # no dropout of its own
+        model.base_model.model.train(name != "gpt2")
+        with torch.autocast(device, torch.bfloat16):
+            got = _gradients(model, inputs)
+            outputs = model(**inputs).logits
+        found.append((size, halves, got, outputs))
+    (their_size, their_halves, want, expected), (size, halves, got, outputs) = found
+    assert not their_halves
+    assert halves
+    assert all("emb" in n or "wte" in n or "wpe" in n or "lm_head" in n for n in halves)
+    assert size < 0.6 * their_size
+    torch.testing.assert_close(outputs.float(), expected.float(), rtol=0, atol=0)
+    for key, gradient in want.items():
+        torch.testing.assert_close(got[key], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_prepared_blocks_of_any_module_are_checkpointed(format):
+    """They run once more in backward, in a copy of the model those of the copy; and not where nothing is trained."""
+    torch.manual_seed(0)
+    base = fewbits.quantize(GPT(), format, **FORMATS[format])
+    plain = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    torch.manual_seed(0)
+    model = get_peft_model(prepare(base), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.load_state_dict(plain.state_dict())
+    model = copy.deepcopy(model)
+    calls = [0]
+    block = model.base_model.model.transformer["h"][1]
+    block.attn.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    ids = torch.arange(20).remainder(50).view(2, 10)
+    for one in (model, plain):
+        F.cross_entropy(one(ids).flatten(0, 1), ids.flatten()).backward()
+    assert calls == [2]
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), plain.eval()(ids))
+    assert calls == [3]
 
 
 class _Checkpointed(GPT):

@@ -169,6 +169,14 @@ def test_copy_between_quantized_tensors_is_of_bytes(spec):
     assert torch.equal(plain, other.dequantize())
 
 
+def test_a_cast_assigned_to_data_is_of_bytes(spec):
+    """As PEFT prepares a model for training; of a transposed weight too."""
+    for q in (QuantTensor.quantize(torch.randn(48, 64), spec), QuantTensor.quantize(torch.randn(48, 64), spec).t()):
+        before = {name: t.clone() for name, t in q.inner_tensors.items()}
+        q.data = q.data.to(torch.bfloat16)
+        assert all(torch.equal(t, before[name]) for name, t in q.inner_tensors.items())
+
+
 def test_moving_and_casting_leave_the_bytes(spec, device):
     q = QuantTensor.quantize(torch.randn(32, 64), spec)
     for moved in (q.to(device), q.half(), q.to(device, torch.bfloat16), q.double(), q.detach(), q.clone(), q.cpu()):

@@ -321,7 +321,8 @@ def _copy_(self: Any, source: Any, non_blocking: bool = False) -> Any:
     if (
         isinstance(source, QuantTensor)
         and source.spec.format == self.spec.format
-        and not (self.transposed or source.transposed)
+        and source.transposed == self.transposed
+        and source.shape == self.shape
     ):
         self._adopt(source)
         return self

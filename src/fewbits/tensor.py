@@ -24,7 +24,7 @@ from torch._tensor import _rebuild_from_type_v2
 
 from fewbits.errors import ConfigError, ShapeError, UnsupportedError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
-from fewbits.kernels import call, ops, unheard
+from fewbits.kernels import ops, product
 from fewbits.memory import note_write
 
 
@@ -271,15 +271,14 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
     _check_width(x, shape[1], weight)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    operator: Any = call if unheard(x, bias) else _dispatched
     out: Tensor
     if spec.format == "int8":
-        out = operator("linear_int8", x, weight.packed, weight.absmax, bias, spec.threshold)
+        out = product("linear_int8", x, weight.packed, weight.absmax, bias, spec.threshold)
         return out
     dtype = x.dtype
     if spec.compute_dtype is not None:
         x = x.to(spec.compute_dtype)
-    out = operator(
+    out = product(
         "linear_4bit",
         x,
         weight.packed,
@@ -303,19 +302,15 @@ def _check_width(x: Tensor, columns: int, weight: QuantTensor) -> None:
         )
 
 
-def _dispatched(op: str, *args: Any) -> Any:
-    return getattr(ops, op)(*args)
-
-
 def linear_t(g: Tensor, weight: QuantTensor) -> Tensor:
     """``g @ weight`` for a weight stored as [N, K]: [..., N] to [..., K]."""
     spec = weight.spec
     _check_width(g, weight.stored_shape[0], weight)
     if spec.format == "int8":
-        out: Tensor = ops.linear_int8_t(g, weight.packed, weight.absmax)
+        out: Tensor = product("linear_int8_t", g, weight.packed, weight.absmax)
         return out
     state = weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset
-    out = ops.linear_4bit_t(g, *state, spec.format, spec.block_size, list(weight.stored_shape))
+    out = product("linear_4bit_t", g, *state, spec.format, spec.block_size, list(weight.stored_shape))
     return out
 
 

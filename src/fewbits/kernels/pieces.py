@@ -14,6 +14,8 @@ from fewbits.kernels.reference import _accumulation_dtype
 
 Decode = Callable[[slice, Tensor], object]  # rows of a weight, and where they go in floating point
 
+_SUMMED = 256 << 20  # bytes of a piece whose product is a part of a sum: in 16 bits each part is rounded once more
+
 
 @functools.cache
 def _scratch_bytes(device: torch.device, rows: int) -> int:
@@ -29,13 +31,14 @@ def _scratch_bytes(device: torch.device, rows: int) -> int:
 
 
 def pieces(
-    n: int, k: int, rows: int, dtype: torch.dtype, device: torch.device, aligned: bool = True
+    n: int, k: int, rows: int, dtype: torch.dtype, device: torch.device, aligned: bool = True, limit: int | None = None
 ) -> list[slice]:  # fmt: skip
     """Rows of a weight [n, k], about as many in each piece; all in one if they are not whole blocks.
 
-    ``rows``: of x.
+    ``rows``: of x. ``limit``: bytes of a piece, by default what suits so many rows.
     """
-    count = -(-n * k * dtype.itemsize // _scratch_bytes(device, min(rows, 1024))) if aligned else 1
+    limit = _scratch_bytes(device, min(rows, 1024)) if limit is None else limit
+    count = -(-n * k * dtype.itemsize // limit) if aligned else 1
     step = -(-n // max(count, 1))
     step = min(-(-step // 128) * 128, n)  # matrix units work on tiles
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
@@ -67,7 +70,7 @@ def many_rows(
 def many_rows_t(g: Tensor, n: int, k: int, decode: Decode, *, aligned: bool = True) -> Tensor:
     """g [..., n] times a weight [n, k] of which ``decode`` writes rows; ``aligned``: rows are whole blocks."""
     g_MN = g.reshape(-1, n).to(_accumulation_dtype(g))
-    parts = pieces(n, k, g_MN.shape[0], g_MN.dtype, g.device, aligned)
+    parts = pieces(n, k, g_MN.shape[0], g_MN.dtype, g.device, aligned, _SUMMED)
     scratch = torch.empty(parts[0].stop, k, dtype=g_MN.dtype, device=g.device)
     out_MK = None
     for rows in parts:
