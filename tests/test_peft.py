@@ -393,9 +393,13 @@ def test_fused_lora_is_pefts_in_fp32(name, dropout, format, device):
     torch.manual_seed(1)
     got = _gradients(model, inputs)
     assert got.keys() == want.keys()
-    for key in want:
-        assert _relative(got[key], want[key]) <= 1e-4, key  # fp32 sums of a few thousand terms in another order
-    assert _relative(a.run(model.eval()), expected) <= 1e-5
+    for key in want:  # fp32 sums in another order; of int8, without what rounding x to two digits costs
+        assert _relative(got[key], want[key]) <= max(1e-4, 4 * _limit(format)), key
+    assert _relative(a.run(model.eval()), expected) <= max(1e-5, _limit(format))
+    if not dropout:
+        truth = _gradients(_on_dequantized(model), inputs)
+        for key in want:
+            assert _relative(got[key], truth[key]) <= 1e-4, key
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ConfigError
-from fewbits.kernels import from_files, ops
+from fewbits.kernels import conversion, from_files, ops
 from fewbits.kernels.reference import NESTED_BLOCK, decode_absmax
 from fewbits.memory import Arena, FilePart
 
@@ -178,11 +178,13 @@ def dequantize_inner(
 ) -> Tensor:
     """The tensor of this shape and dtype that the inner tensors stand for."""
     packed, absmax = inner["packed"], inner["absmax"]
+    assert packed is not None
     if not FORMATS[spec.format].blocked:
-        out: Tensor = ops.dequantize_int8(packed, absmax, dtype)
+        out: Tensor = conversion("dequantize_int8", packed, absmax, dtype)
         return out
     nested = inner.get("nested_absmax"), inner.get("nested_offset")
-    out = ops.dequantize_4bit(packed, absmax, *nested, spec.format, spec.block_size, list(shape), dtype)
+    about = spec.format, spec.block_size, list(shape), dtype
+    out = conversion("dequantize_4bit", packed, absmax, *nested, *about)
     return out
 
 

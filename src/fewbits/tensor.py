@@ -24,7 +24,7 @@ from torch._tensor import _rebuild_from_type_v2
 
 from fewbits.errors import ConfigError, ShapeError, UnsupportedError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
-from fewbits.kernels import ops, product
+from fewbits.kernels import conversion, product
 from fewbits.memory import note_write
 
 
@@ -207,18 +207,17 @@ class QuantTensor(torch.Tensor):
                 setattr(self, name, None if tensor_ is None else tensor_.to(self.device))
             self.spec = other.spec
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[QuantSpec, bool]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[QuantSpec, bool, torch.dtype]]:
         # without the label: compiled code is specialized to what is here, and layers alike should share it
-        return list(self.inner_tensors), (self.spec, self.transposed)
+        return list(self.inner_tensors), (self.spec, self.transposed, self.dtype)
 
     @classmethod
     def __tensor_unflatten__(
-        cls, inner: dict[str, Tensor], context: tuple[QuantSpec, bool], size: Any, stride: Any
+        cls, inner: dict[str, Tensor], context: tuple[QuantSpec, bool, torch.dtype], size: Any, stride: Any
     ) -> QuantTensor:
-        spec, transposed = context
-        # the logical dtype is not in the context: torch restores it from the outer tensor's metadata
+        spec, transposed, dtype = context
         shape = [*size[:-2], size[-1], size[-2]] if transposed else list(size)
-        return cls.from_inner({**inner}, spec, shape, torch.float32, transposed=transposed)
+        return cls.from_inner({**inner}, spec, shape, dtype, transposed=transposed)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares its disabled form
@@ -318,8 +317,8 @@ def embedding(ids: Tensor, weight: QuantTensor) -> Tensor:
     """Rows of ``weight`` [V, D] at ``ids`` [...]: [..., D] in the weight's logical dtype."""
     spec = weight.spec
     if spec.format == "int8":
-        out: Tensor = ops.embedding_int8(ids, weight.packed, weight.absmax, weight.dtype)
+        out: Tensor = conversion("embedding_int8", ids, weight.packed, weight.absmax, weight.dtype)
         return out
     state = weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset
-    out = ops.embedding_4bit(ids, *state, spec.format, spec.block_size, list(weight.shape), weight.dtype)
+    out = conversion("embedding_4bit", ids, *state, spec.format, spec.block_size, list(weight.shape), weight.dtype)
     return out

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewbits.errors import ConfigError, UnsupportedError
-from fewbits.hf import record_config
+from fewbits.hf import is_transformers_model, record_config
 from fewbits.integrations.fused_lora import FusedLoraLinear, fuse_lora
 from fewbits.modules import uninstall
 from fewbits.offload import is_offloaded
@@ -71,13 +71,14 @@ def prepare_model_for_kbit_training(
 
     - tables and output heads stay in 16 bits, half the size. What comes out of a table is cast instead, which gives the
       same numbers; a head multiplies in its own dtype, as under autocast it does in any case;
-    - checkpointing is not reentrant by default, and works for modules that are not transformers' too: their blocks are
-      the modules alike that repeat in a list.
+    - checkpointing works for modules that are not transformers' too: their blocks are the modules alike that repeat in
+      a list.
 
     Args:
         model: a fewbits model.
         use_gradient_checkpointing: whether to checkpoint.
-        gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``.
+        gradient_checkpointing_kwargs: of ``torch.utils.checkpoint.checkpoint``. By default it is reentrant for
+            transformers' models, which takes the host a quarter less time, and is not for others.
 
     Returns:
         The same model.
@@ -97,7 +98,8 @@ def prepare_model_for_kbit_training(
         elif name in heads:
             module.register_forward_pre_hook(_in_the_weights_dtype)
     if use_gradient_checkpointing:
-        _checkpoint_blocks(model, {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        default = {"use_reentrant": is_transformers_model(model)}
+        _checkpoint_blocks(model, {**default, **(gradient_checkpointing_kwargs or {})})
     return model
 
 

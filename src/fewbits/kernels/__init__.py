@@ -215,6 +215,11 @@ def call(op: str, x: Tensor, *args: Any) -> Any:
         torch.set_autocast_enabled(device_type, True)
 
 
+def conversion(op: str, first: Tensor, *args: Any) -> Any:
+    """An operator without gradient (``dequantize_…``, ``embedding_…``) by the shortest way, as :func:`product`."""
+    return call(op, first, *args) if undisturbed(first) else getattr(ops, op)(first, *args)
+
+
 def product(op: str, x: Tensor, *args: Any) -> Any:
     """``linear_4bit``, ``linear_int8`` or a ``…_t`` by the shortest way on which nothing that listens misses it."""
     if not undisturbed(x):
