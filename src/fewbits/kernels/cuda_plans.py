@@ -24,7 +24,7 @@ _WARPS = 16  # of decode.cu
 _CHUNK = 64  # bytes of a row that a warp takes at a time
 _TABLE = 65536  # bytes of its table of pairs
 _DECODE_ARGUMENTS = "9Pq4i"
-_SKINNY_ARGUMENTS = "9Pq4i2P"
+_SKINNY_ARGUMENTS = "128s128s9Pq4i2P"
 _WIDE_THREADS = 384
 # by bits of the weight and rows of x in a tile: microseconds of one of its chunks, and of tiles that blocks share
 # (fitted to 80 times of each on an H200; a block's beginning and end are in none)
@@ -56,17 +56,19 @@ def pairs(format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int32).view(-1).to(device)
 
 
-# With it each value of a format is nearly one of fp16: for fp4 exactly, for nf4 off by 3.2e-5 in the mean, the least of
-# 1.3 million factors from 1/2 to 1.
-_HALF_FACTORS = {"nf4": 0.838844921875, "fp4": 0.75}
+# Divided by the first each value of a format is nearly a whole number of 2^-15: for fp4 exactly, for nf4 off by 7e-6
+# (the root of the mean square), the least of 12 million from 2 to 3. Times the second these numbers then come nearest.
+_TABLE_FACTORS = {"nf4": (2.0893170961652725, 2.0892677850466743), "fp4": (32768 / 16320, 32768 / 16320)}
 
 
 @functools.lru_cache(maxsize=64)
 def values(format: str, device: torch.device) -> Tensor:
-    """fp32 [18]: the values of the codes, the factor above, and one over it."""
-    factor = _HALF_FACTORS[format]
+    """fp32 [33]: the values of the codes; the numbers from 1 to 2 that wide.cu looks up for bf16; and what these are to
+    be multiplied by, less 3/2, to give the values."""
+    divisor, factor = _TABLE_FACTORS[format]
     values = codebook(format, torch.device("cpu"))
-    return torch.cat([values, torch.tensor([factor, 1 / factor])]).to(device)
+    table = 1.5 + (values.double() / divisor * 2**15).round() / 2**15
+    return torch.cat([values, table.float(), torch.tensor([factor])]).to(device)
 
 
 @functools.cache
@@ -172,21 +174,23 @@ class Skinny(NamedTuple):
 def skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bool, device: int) -> Skinny | None:
     """The kernel for tiles of ``tile_m`` rows of x; None where it does not serve."""
     processors, room = limits(device)
-    if k % max(block_size, 64) or block_size < 64 or torch.cuda.get_device_capability(device) != (9, 0):
+    if k % max(block_size, 64) or block_size < 64:
+        return None
+    if torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.has_tensor_maps():
         return None  # its matrix instructions are Hopper's alone
-    # measured on an H200
-    warpgroups = 4 if n > 8192 else 2
+    # measured
+    warpgroups = (4 if tile_m == 32 else 3) if n > 8192 else 2
     rows = 64 * warpgroups
     slot = tile_m * 256 + rows * 64
-    stages = min((room - _TABLE - 64) // slot, 8)
-    if stages < 3:
+    stages = min((room - _TABLE - 256) // slot, 8)
+    if stages < 2:
         return None
-    shared = _TABLE + stages * slot + 64
+    shared = _TABLE + stages * slot + 256
     defines = (
         ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
         ("WARPGROUPS", warpgroups), ("STAGES", stages),
     )  # fmt: skip
-    kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * warpgroups, shared)
+    kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * (warpgroups + 1), shared)
     tiles = -(-n // rows)
     return None if kernel is None else Skinny(kernel, tile_m, _blocks(processors, tiles, k), tiles, rows)
 
@@ -249,8 +253,10 @@ def wide(
 
 def _blocks(processors: int, tiles: int, k: int) -> int:
     """How many share the chunks of all tiles, of 128 columns each."""
-    # a multiple of the tiles if that leaves few processors idle: no block then has a part of two tiles
-    blocks = processors // tiles * tiles
+    # A multiple of the tiles if that leaves few processors idle: no block then has a part of two tiles. Or, where there
+    # are more tiles than processors, a number that they are a multiple of: no tile then is shared.
+    rounds = -(-tiles // processors)
+    blocks = processors // tiles * tiles or (tiles // rounds if tiles % rounds == 0 else 0)
     blocks = blocks if blocks >= 0.9 * processors else processors
     return min(blocks, tiles * -(-k // 128))
 

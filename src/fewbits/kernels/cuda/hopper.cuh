@@ -107,18 +107,6 @@ DEVICE void store_for_matrix_units(u32 to, uint4 value) {
                : "memory");
 }
 
-// fp16, whatever x is
-DEVICE float half_widened(u16 value) {
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value));
-  return out;
-}
-DEVICE u16 half_narrowed(float value) {
-  u16 out;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
-  return out;
-}
-
 // an 8 x 8 matrix of 16-bit numbers, two of row lane / 4 in each lane, transposed
 DEVICE u32 transposed(u32 pair) {
   u32 out;
@@ -139,6 +127,11 @@ DEVICE void copy_box(u32 to, const Map& map, int column, int row, Barrier& barri
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier))
       : "memory");
+}
+
+// the same box as far as the second-level cache
+DEVICE void fetch_box(const Map& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
 }
 
 // the first THREADS threads of a block wait for each other
