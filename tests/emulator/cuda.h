@@ -470,6 +470,7 @@ inline u32 add_up(u32* counter, u32 value) {
   *counter += value;
   return before;
 }
+inline u32 add_up_and_go_on(u32* counter, u32 value) { return add_up(counter, value); }
 inline void wait_for_count(const u32* counter, u32 count) {
   if (*counter != count) emulated::fail("a wait for blocks that may not have begun");  // they run one after the other
 }

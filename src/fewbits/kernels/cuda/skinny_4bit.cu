@@ -281,12 +281,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     multiply_half(parts[half], operand, ring_address + slot * SLOT + half * X_HALF);
   };
 
-  auto finish = [&] {
-    const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1);
+  auto shared_tile = [&](int tile) {
+    const u32 first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1);
     u32* parts = a.workspace + (long long)blockIdx.y * 2 * gridDim.x * ROWS * TILE_M;
-    u32* counter = a.counters + blockIdx.y * tiles + tile;
-    if (all_added<CONSUMERS, PARTS_AT_ONCE>(sums, parts, counter, last_to_come, first, last, thread))
-      write_sums(sums, a.out + (long long)blockIdx.y * TILE_M * a.n, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
+    return Shared{parts, a.counters + blockIdx.y * tiles + tile, last_to_come, first, last};
+  };
+  auto write = [&](int tile) {
+    u16* out = a.out + (long long)blockIdx.y * TILE_M * a.n;
+    write_sums(sums, out, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
+  };
+  int left_tile = -1;  // whose sums were left for the last of its blocks
+  u32 came_before = 0;
+  auto finish = [&] {
+    const Shared shared = shared_tile(tile);
+    if (left > 0 && shared.first != shared.last) {
+      came_before = leave_part<CONSUMERS>(sums, shared);
+      left_tile = tile;
+    } else if (all_added<CONSUMERS, PARTS_AT_ONCE>(sums, shared)) {
+      write(tile);
+    }
   };
 
   // ------------------------------------------------------------------------------------------ tables
@@ -336,4 +349,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     chunk = 0;
     next_scales();
   }
+  if (left_tile >= 0 && left_for_last<CONSUMERS, PARTS_AT_ONCE>(sums, shared_tile(left_tile), came_before)) write(left_tile);
 }

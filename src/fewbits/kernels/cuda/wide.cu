@@ -437,6 +437,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       look_up(read_codes(1));
     }
     int now = 0, before = 0;  // the slot in work, and the one whose products may still be under way
+    auto shared_by = [&](int tile, bool whole) {
+      const int in_line = (tile - line_first) * chunks;
+      const u32 first = whole ? blockIdx.x : stretch_of(line, in_line, blocks);
+      const u32 last = whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
+      return Shared{a.workspace, a.counters + tile, last_to_come, first, last};
+    };
+    auto give_out = [&](const Place& place) {
+      const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
+#if BITS == 8
+      if constexpr (!DECODED) {  // from here on the bits of fp32
+#pragma unroll
+        for (int c = 0; c < SUMS / 4; c++) {
+          const float2 scale = *(const float2*)(a.x_scales + place.x_row + c * 8 + t * 2);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            set_float(sums[c * 4 + i], (float)sums[c * 4 + i] * (i % 2 ? scale.y : scale.x));
+        }
+        if (outliers > 0) add_outliers(sums, place.x_row, m, row);
+      }
+      const float* scales = (const float*)a.scales;
+      const float scale0 = scales[min(row + g, a.n - 1)] * (1.0f / 127);
+      const float scale1 = scales[min(row + g + 8, a.n - 1)] * (1.0f / 127);
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) set_float(sums[i], as_float(sums[i]) * (i & 2 ? scale1 : scale0));
+#endif
+      write_sums(sums, a.out + (long long)place.x_row * a.n, m, a.n, row, a.bias, a.bias_bytes, g, t);
+    };
+    int left_part = -1;  // whose sums were left for the last of its blocks
+    u32 came_before = 0;
     for (int index = 0; index < parts; index++) {
       const Part part = part_of(index);
       const Place place = place_of(part.tile);
@@ -482,29 +511,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       sums_are_there(sums);
       release(before);
 
-      const int in_line = (part.tile - line_first) * chunks;
-      const u32 first = index < whole ? blockIdx.x : stretch_of(line, in_line, blocks);
-      const u32 last = index < whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
-      if (!all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last, thread)) continue;
-      const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
-#if BITS == 8
-      if constexpr (!DECODED) {  // from here on the bits of fp32
-#pragma unroll
-        for (int c = 0; c < SUMS / 4; c++) {
-          const float2 scale = *(const float2*)(a.x_scales + place.x_row + c * 8 + t * 2);
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            set_float(sums[c * 4 + i], (float)sums[c * 4 + i] * (i % 2 ? scale.y : scale.x));
-        }
-        if (outliers > 0) add_outliers(sums, place.x_row, m, row);
+      const Shared shared_tile = shared_by(part.tile, index < whole);
+      if (index + 1 < parts && shared_tile.first != shared_tile.last) {
+        came_before = leave_part<CONSUMERS>(sums, shared_tile);
+        left_part = index;
+      } else if (all_added<CONSUMERS, 1>(sums, shared_tile)) {
+        give_out(place);
       }
-      const float* scales = (const float*)a.scales;
-      const float scale0 = scales[min(row + g, a.n - 1)] * (1.0f / 127);
-      const float scale1 = scales[min(row + g + 8, a.n - 1)] * (1.0f / 127);
-#pragma unroll
-      for (int i = 0; i < SUMS; i++) set_float(sums[i], as_float(sums[i]) * (i & 2 ? scale1 : scale0));
-#endif
-      write_sums(sums, a.out + (long long)place.x_row * a.n, m, a.n, row, a.bias, a.bias_bytes, g, t);
+    }
+    if (left_part >= 0) {
+      const int tile = part_of(left_part).tile;
+      if (left_for_last<CONSUMERS, 1>(sums, shared_by(tile, false), came_before)) give_out(place_of(tile));
     }
   };
 #if BITS == 8
