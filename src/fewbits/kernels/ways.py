@@ -27,7 +27,7 @@ MOST = 1 << 62
 Steps = tuple[tuple[int, str], ...]  # up to so many rows of x: this way; ascending, to MOST
 
 _HOPPER: dict[str, Steps] = {  # measured on an H200
-    "4-bit": ((16, "decode"), (64, "skinny"), (2048, "wide"), (MOST, "dequantize")),
+    "4-bit": ((16, "decode"), (64, "skinny"), (1024, "wide"), (MOST, "dequantize")),
     "int8": ((16, "decode"), (MOST, "wide")),
     "int8 in the cache": ((32, "decode"), (MOST, "wide")),  # read twice, the second time from there: it is as fast
 }

@@ -107,6 +107,18 @@ DEVICE void store_for_matrix_units(u32 to, uint4 value) {
                : "memory");
 }
 
+// fp16, whatever x is
+DEVICE float half_widened(u16 value) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value));
+  return out;
+}
+DEVICE u16 half_narrowed(float value) {
+  u16 out;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
+  return out;
+}
+
 // an 8 x 8 matrix of 16-bit numbers, two of row lane / 4 in each lane, transposed
 DEVICE u32 transposed(u32 pair) {
   u32 out;

@@ -41,7 +41,7 @@ struct Arguments {
   const float* nested;      // scale of each 256 of those
   const float* offset;      // added to each scale
   const float* dynamic;     // the values of the 256 codes of scales
-  const float* values;      // [33]: the values of the 16 codes; for BF16 the table's, and their factor
+  const float* values;      // [18]: the values of the 16 codes, the factor of the table (BF16), and one over it
   const Number* x;          // [M, K], rows x_stride apart
   const void* bias;         // [N]
   u16* out;                 // [M, N]
@@ -127,18 +127,13 @@ DEVICE float scale_of(const RawScales& raw, int block, const float* dynamic, flo
 #endif
 }
 
-// The two values of a byte in the table. For bf16 they take 16 bits each, so that look-ups take half the bandwidth: the
-// middle bytes of a number from 1 to 2 that a factor and 3/2 make a value of the format, off by 7e-6 of the block's
-// largest value in the mean, where rounding it to bf16 takes 9e-4. For fp16 they are in fp32.
+// The two values of a byte in the table. For bf16 they are halves, times a factor with which all values of the format
+// are nearly halves, so that look-ups take half the bandwidth: a product is off by 7e-5 of the block's largest value at
+// most, and by 3e-5 in the mean, where rounding it to bf16 takes 9e-4. For fp16 they are in fp32.
 #if BF16
 typedef u32 Pair;
-DEVICE Pair as_pair(float first, float second) {
-  return __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x6521);
-}
-DEVICE float2 values_of(Pair pair) {
-  return make_float2(__uint_as_float(__byte_perm(pair, 0x3F000000, 0x7104)),
-                     __uint_as_float(__byte_perm(pair, 0x3F000000, 0x7324)));
-}
+DEVICE Pair as_pair(float first, float second) { return half_narrowed(first) | (u32)half_narrowed(second) << 16; }
+DEVICE float2 values_of(Pair pair) { return make_float2(half_widened((u16)pair), half_widened((u16)(pair >> 16))); }
 #else
 typedef float2 Pair;
 DEVICE Pair as_pair(float first, float second) { return make_float2(first, second); }
@@ -261,15 +256,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       advance();
     }
 #else
-    const float factor = BF16 ? a.values[32] : 1.0f;
+    const float per_factor = BF16 ? a.values[17] : 1.0f;
     const float offset = NESTED ? *a.offset : 0.0f;
     const int row_blocks = a.k / FORMAT_BLOCK;
     int weight_row = first_row, block = first.begin * 128 / FORMAT_BLOCK;
     for (int i = 0; i < slots; i++) {
       wait_and_copy();
-      const float scale = scale_of(raw, block, dynamic, offset) * factor;
-      // without the last bit, so that 3/2 of it is exact, and a value of 0 stays 0
-      slot_scales[slot * ROWS + own] = BF16 ? __uint_as_float(__float_as_uint(scale) & ~1u) : scale;
+      slot_scales[slot * ROWS + own] = scale_of(raw, block, dynamic, offset) * per_factor;
       __syncwarp();
       if (lane == 0) full[slot].arrive();
       // the next slot's, long before it is free; past the last one any
@@ -290,9 +283,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     if (lane == 0) free[slot].arrive();
   };
 #if BITS == 4
-  const float* table_values = a.values + (BF16 ? 16 : 0);
+  const float factor = BF16 ? a.values[16] : 1.0f;
   for (int i = thread; i < 256 * 8; i += CONSUMERS) {  // an eighth of an entry
-    const Pair pair = as_pair(table_values[i >> 7], table_values[i >> 3 & 15]);
+    const Pair pair = as_pair(a.values[i >> 7] * factor, a.values[i >> 3 & 15] * factor);
     Pair* to = (Pair*)(table + (i >> 3) * 256) + (i & 7) * 4;
 #pragma unroll
     for (int j = 0; j < 4; j++) to[j] = pair;
@@ -344,9 +337,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       for (int p = 0; p < 2; p++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const float scale = values.codes.scales[r], shift = BF16 ? scale * -1.5f : 0.0f;
+          const float scale = values.codes.scales[r];
           const float2 two = values_of(EARLY ? values.pairs[r][p][i] : pair_of_code(values.codes, r, p, i));
-          operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(two.x * scale + shift, two.y * scale + shift);
+          operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(two.x * scale, two.y * scale);
         }
   };
 #else
