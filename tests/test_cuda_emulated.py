@@ -300,28 +300,26 @@ MUTATIONS = {
     ),
     "codes are not aligned": ("decode.cu", "u8* own_codes = ring + g * 64;", "u8* own_codes = ring + g * 64 + 4;"),
     "a barrier of too many": ("decode.cu", "summed[b].init(WARPS)", "summed[b].init(WARPS + 1)"),
-    "a chunk's copies are not waited for": (
-        "skinny_4bit.cu", "wait_for_copies<LEAD - 1>();\n          ready", "wait_for_copies<LEAD>();\n          ready",
-    ),
-    "no barrier before x is read": ("skinny_4bit.cu", "      barrier.wait(parity);\n", ""),
-    "what was copied is not shown": ("skinny_4bit.cu", "    show_matrix_units();\n", ""),
-    "products are not waited for": ("skinny_4bit.cu", "    wait_for_products<0>();\n    sums_are_there(part);\n", ""),
+    "a chunk is read before it is full": ("skinny_4bit.cu", "    full[slot].wait(phase);\n    __syncwarp();\n", ""),
+    "a chunk is filled while it is read": ("skinny_4bit.cu", "      free[slot].wait(phase);\n", ""),
+    "products of half a chunk are not waited for": ("skinny_4bit.cu", "      wait_for_products<1>();\n", ""),
+    "products are not waited for": ("skinny_4bit.cu", "      wait_for_products<0>();\n", ""),
     "a slot is read before it is full": (
-        "wide.cu", "operand, int) {\n    full[slot].wait(phase);\n    __syncwarp();\n", "operand, int) {\n",
+        "wide.cu", "codes = [&](int) {\n    full[slot].wait(phase);\n    __syncwarp();\n", "codes = [&](int) {\n",
     ),
     "a slot is filled while it is read": ("wide.cu", "      free[slot].wait(phase ^ 1);\n", ""),
     "a slot is free before its products have ended": ("wide.cu", "wait_for_products<1>();  // those", "//"),
     "a tile's products are not waited for": (
         "wide.cu", "      wait_for_products<0>();\n      sums_are_there(sums);\n      release", "      release",
     ),
-    "tables of many rows are read early": (
-        "wide.cu", "  meet_consumers<CONSUMERS>();\n  if (lane == 0) tables", "  if (lane == 0) tables",
+    "scales of many rows are read early": (
+        "wide.cu", "      __syncwarp();\n      if (lane == 0) full", "      if (lane == 0) full",
     ),
     "scales are read before they are there": ("skinny_4bit.cu", "value[3]);\n    __syncwarp();", "value[3]);"),
 }  # fmt: skip
 
 
-FEW = "lanes do not wait for each other's copies", "x is read too early", "no barrier before x is read"
+FEW = "lanes do not wait for each other's copies", "x is read too early", "a chunk is read before it is full"
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ static void box_comes(size_t index) {
                   (end - begin) * item);
     for (int i = 0; i < row_bytes; i += 16) {
       u32 at = box.to + row * row_bytes + i;
-      if (row_bytes == 128) at ^= (at >> 7 & 7) << 4;
+      if (row_bytes >= 64) at ^= (at >> 7 & (row_bytes == 64 ? 3 : 7)) << 4;
       std::memcpy(shared + at, bytes + i, 16);
       std::memcpy(seen_by_matrix_units + at, bytes + i, 16);
     }
@@ -418,7 +418,7 @@ void copy_box(u32 to, const Map& map, int column, int row, Barrier& barrier) {
   std::memcpy(&box.of, &map, sizeof map);
   const Matrix& of = box.of;
   const u32 row_bytes = (u32)(of.box_columns * of.item_bytes), bytes = (u32)of.box_rows * row_bytes;
-  if (to % (row_bytes == 128 ? 1024 : 128) || to + bytes > ALL_SHARED)
+  if (to % (row_bytes >= 64 ? row_bytes * 8 : 128) || to + bytes > ALL_SHARED)
     fail("a box to an address that is not aligned, or not in shared memory");
   const int first = max(row, 0), last = min(row + (int)of.box_rows, (int)of.rows) - 1;
   if (first <= last) check_late((const u8*)of.pointer + first * of.stride, (last - first) * of.stride + 1);
@@ -426,6 +426,14 @@ void copy_box(u32 to, const Map& map, int column, int row, Barrier& barrier) {
   boxes.push_back(box);
   if (one_in(2)) box_comes(boxes.size() - 1);
   perhaps_yield();
+}
+
+// that it is in the cache makes no difference; x is not there yet
+template <typename Map>
+void fetch_box(const Map& map, int, int) {
+  emulated::Matrix of;
+  std::memcpy(&of, &map, sizeof of);
+  emulated::check_late((const u8*)of.pointer, of.rows * of.stride);
 }
 
 inline uint4 load_16_bytes(const void* pointer) {
@@ -462,6 +470,7 @@ inline u32 add_up(u32* counter, u32 value) {
   *counter += value;
   return before;
 }
+inline u32 add_up_and_go_on(u32* counter, u32 value) { return add_up(counter, value); }
 inline void wait_for_count(const u32* counter, u32 count) {
   if (*counter != count) emulated::fail("a wait for blocks that may not have begun");  // they run one after the other
 }

@@ -253,7 +253,12 @@ def _skinny_4bit(product: _Product) -> Any:
     counters = plans.counters_for(device, torch._C._cuda_getCurrentRawStream(index), x_tiles * skinny.tiles)
     table = plans.pairs(product.format, product.x.dtype, device)
     more = sums.data_ptr(), counters.data_ptr()
-    return product.run(skinny.kernel, (skinny.blocks, x_tiles), _rows(product.x, product.k), table, more)
+    n, k, x_MK = product.n, product.k, _rows(product.x, product.k)
+    maps = (
+        nvrtc.tensor_map(x_MK.data_ptr(), 2, product.rows, k, x_MK.stride(0) * 2, skinny.tile_m, 64),
+        nvrtc.tensor_map(product.packed.data_ptr(), 1, n, k // 2, k // 2, skinny.rows, 64),
+    )
+    return product.run(skinny.kernel, (skinny.blocks, x_tiles), x_MK, table, more, maps)
 
 
 def _wide_4bit(product: _Product) -> Any:

@@ -24,7 +24,7 @@ _WARPS = 16  # of decode.cu
 _CHUNK = 64  # bytes of a row that a warp takes at a time
 _TABLE = 65536  # bytes of its table of pairs
 _DECODE_ARGUMENTS = "9Pq4i"
-_SKINNY_ARGUMENTS = "9Pq4i2P"
+_SKINNY_ARGUMENTS = "128s128s9Pq4i2P"
 _WIDE_THREADS = 384
 # by bits of the weight and rows of x in a tile: microseconds of one of its chunks, and of tiles that blocks share
 # (fitted to 80 times of each on an H200; a block's beginning and end are in none)
@@ -172,21 +172,23 @@ class Skinny(NamedTuple):
 def skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bool, device: int) -> Skinny | None:
     """The kernel for tiles of ``tile_m`` rows of x; None where it does not serve."""
     processors, room = limits(device)
-    if k % max(block_size, 64) or block_size < 64 or torch.cuda.get_device_capability(device) != (9, 0):
+    if k % max(block_size, 64) or block_size < 64:
+        return None
+    if torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.has_tensor_maps():
         return None  # its matrix instructions are Hopper's alone
-    # measured on an H200
-    warpgroups = 4 if n > 8192 else 2
+    # measured on an H100
+    warpgroups = (4 if tile_m == 32 else 3) if n > 8192 else 2
     rows = 64 * warpgroups
     slot = tile_m * 256 + rows * 64
-    stages = min((room - _TABLE - 64) // slot, 8)
-    if stages < 3:
+    stages = min((room - _TABLE - 256) // slot, 8)
+    if stages < 2:
         return None
-    shared = _TABLE + stages * slot + 64
+    shared = _TABLE + stages * slot + 256
     defines = (
         ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
         ("WARPGROUPS", warpgroups), ("STAGES", stages),
     )  # fmt: skip
-    kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * warpgroups, shared)
+    kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * (warpgroups + 1), shared)
     tiles = -(-n // rows)
     return None if kernel is None else Skinny(kernel, tile_m, _blocks(processors, tiles, k), tiles, rows)
 
@@ -249,8 +251,10 @@ def wide(
 
 def _blocks(processors: int, tiles: int, k: int) -> int:
     """How many share the chunks of all tiles, of 128 columns each."""
-    # a multiple of the tiles if that leaves few processors idle: no block then has a part of two tiles
-    blocks = processors // tiles * tiles
+    # A multiple of the tiles if that leaves few processors idle: no block then has a part of two tiles. Or, where there
+    # are more tiles than processors, a number that they are a multiple of: no tile then is shared.
+    rounds = -(-tiles // processors)
+    blocks = processors // tiles * tiles or (tiles // rounds if tiles % rounds == 0 else 0)
     blocks = blocks if blocks >= 0.9 * processors else processors
     return min(blocks, tiles * -(-k // 128))
 

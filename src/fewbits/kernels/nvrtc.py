@@ -34,7 +34,7 @@ _CAPTURE_RELAXED = 2
 _PROGRAMMATIC_LAUNCH = 6
 # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _UINT8, _UINT16 = 0, 1
-_SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
+_SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row; others: none
 _PROMOTION_256B = 3
 
 
@@ -248,7 +248,8 @@ def tensor_map(
 ) -> bytes:  # fmt: skip
     """CUtensorMap of a matrix whose rows are ``stride`` bytes apart, for copies of boxes.
 
-    ``item_bytes``: 1 or 2. Where a row of a box takes 128 bytes, its pieces of 16 are permuted by the row's number.
+    ``item_bytes``: 1 or 2. Where a row of a box takes 64 or 128 bytes, its pieces of 16 are permuted, by the number of
+    the 128 bytes that it is in.
 
     Raises:
         CudaError: an address or stride that is not a multiple of 16 bytes.
@@ -259,7 +260,7 @@ def tensor_map(
         ctypes.c_void_p(ctypes.addressof(memory) + at), _UINT8 if item_bytes == 1 else _UINT16, 2,
         ctypes.c_void_p(pointer), (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride),
         (ctypes.c_uint32 * 2)(box_columns, box_rows), (ctypes.c_uint32 * 2)(1, 1), 0,
-        _SWIZZLE_128B if box_columns * item_bytes == 128 else _SWIZZLE_NONE, _PROMOTION_256B, 0,
+        _SWIZZLES.get(box_columns * item_bytes, 0), _PROMOTION_256B, 0,
     )  # fmt: skip
     _check(code, "describing a tensor")
     return memory.raw[at : at + 128]

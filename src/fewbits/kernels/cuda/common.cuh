@@ -152,6 +152,12 @@ DEVICE u32 add_up(u32* counter, u32 value) {
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
+// Without an answer until that is used; and for what others wrote before they added, a wait is needed then.
+DEVICE u32 add_up_and_go_on(u32* counter, u32 value) {
+  u32 before;
+  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
 DEVICE void wait_for_count(const u32* counter, u32 count) {
   u32 now;
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");

@@ -42,7 +42,7 @@ constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
 constexpr int SCALES = ROWS * CHUNK_SCALES;            // floats of a chunk
 constexpr int PARTIAL_STRIDE = ROWS + 4;               // floats: what a warp writes at once lies in 32 banks
 constexpr bool X_STAYS = CHUNKS * UNITS * COLUMN_TILES * 2 * STEPS <= 64;  // in registers
-constexpr bool X_AHEAD = !X_STAYS && COLUMN_TILES == 1;
+constexpr bool X_AHEAD = !X_STAYS;
 constexpr int X_KEPT = X_STAYS ? CHUNKS : 1 + X_AHEAD;
 
 // one row's codes of a unit
@@ -326,7 +326,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll
           for (int u = 0; u < UNITS; u++)
 #pragma unroll
-            for (int w = 0; w < 2 * STEPS; w++) x[0][u][0][w] = x[1][u][0][w];
+            for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+              for (int w = 0; w < 2 * STEPS; w++) x[0][u][c][w] = x[1][u][c][w];
         }
       }
     }

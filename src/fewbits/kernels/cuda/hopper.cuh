@@ -141,6 +141,11 @@ DEVICE void copy_box(u32 to, const Map& map, int column, int row, Barrier& barri
       : "memory");
 }
 
+// the same box as far as the second-level cache
+DEVICE void fetch_box(const Map& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map), "r"(column), "r"(row) : "memory");
+}
+
 // the first THREADS threads of a block wait for each other
 template <int THREADS>
 DEVICE void meet_consumers() {
@@ -187,48 +192,40 @@ DEVICE void add_bits(int& sum, u32 bits) { sum += (int)bits; }
 // Where several blocks have chunks of a tile, they leave their sums in `parts`, two places a block (for a tile that it
 // did not begin, and for the one that it does not end), and only the last of them goes on, with all added up in the
 // order of the columns: which one that is does not matter to the result. `counter` is the tile's: how many came in its
-// low half, how many have written in the high one; it is left a zero.
+// low half, and in the high one how many have written, if they come before they write; it is left a zero.
 //
 // With many sums a block comes before it writes, so that the last one need not write its own. It then waits for blocks
 // that have come and are still writing, never for one that may not have begun. With few a second counting takes longer.
-template <int THREADS, int AT_ONCE, int SUMS, typename Sum>
-DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_come, u32 first, u32 last, int thread) {
-  if (first == last) return true;
-  constexpr int PART = THREADS * SUMS;
-  const u32 own = blockIdx.x;
-  u32* mine = parts + thread * 4;
-  auto place = [&](u32 block) { return mine + (u64)(2 * block + (block == first)) * PART; };
-  const u32 others = last - first;
-  auto come = [&] {
-    if (thread == 0) *last_to_come = (add_up(counter, 1) & 0xFFFF) == others;
-    meet_consumers<THREADS>();
-    return *last_to_come != 0;
-  };
-  constexpr bool COME_FIRST = SUMS >= 128;
-  bool goes_on = COME_FIRST && come();
-  // One's own sums can be begun with if they are the first or the second ones: x + y is y + x.
-  const bool keep = own - first <= 1;
-  if (!goes_on || !keep) {
-    u32* to = place(own);
+template <int SUMS>
+constexpr bool COME_FIRST = SUMS >= 128;
+
+struct Shared {
+  u32* parts;
+  u32* counter;
+  u32* last_to_come;  // in shared memory
+  u32 first, last;    // blocks
+
+  DEVICE u32* place(u32 block, int part) const { return parts + (u64)(2 * block + (block == first)) * part + threadIdx.x * 4; }
+};
+
+template <int THREADS, int SUMS, typename Sum>
+DEVICE void write_part(const Sum (&sums)[SUMS], const Shared& tile) {
+  u32* to = tile.place(blockIdx.x, THREADS * SUMS);
 #pragma unroll
-    for (int c = 0; c < SUMS / 4; c++)
-      __stcg((uint4*)(to + c * THREADS * 4), make_uint4(bits_of(sums[4 * c]), bits_of(sums[4 * c + 1]),
-                                                        bits_of(sums[4 * c + 2]), bits_of(sums[4 * c + 3])));
-  }
-  if (COME_FIRST && goes_on && thread == 0) wait_for_count(counter, others << 16 | (others + 1));
-  meet_consumers<THREADS>();
-  if constexpr (!COME_FIRST)
-    goes_on = come();
-  else if (!goes_on && thread == 0)
-    add_up(counter, 1 << 16);
-  if (!goes_on) return false;
-  if (thread == 0) *counter = 0;
+  for (int c = 0; c < SUMS / 4; c++)
+    __stcg((uint4*)(to + c * THREADS * 4), make_uint4(bits_of(sums[4 * c]), bits_of(sums[4 * c + 1]),
+                                                      bits_of(sums[4 * c + 2]), bits_of(sums[4 * c + 3])));
+}
+
+// One's own sums can be begun with (keep) if they are the first or the second ones: x + y is y + x.
+template <int THREADS, int AT_ONCE, int SUMS, typename Sum>
+DEVICE void add_parts(Sum (&sums)[SUMS], const Shared& tile, bool keep) {
   if (!keep)
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sums[i] = 0;
 #pragma unroll AT_ONCE
-  for (u32 i = first; i <= last - keep; i++) {
-    const u32* part = place(i + (keep && i >= own));
+  for (u32 i = tile.first; i <= tile.last - keep; i++) {
+    const u32* part = tile.place(i + (keep && i >= blockIdx.x), THREADS * SUMS);
 #pragma unroll
     for (int c = 0; c < SUMS / 4; c++) {
       const uint4 four = __ldcg((const uint4*)(part + c * THREADS * 4));
@@ -236,6 +233,53 @@ DEVICE bool all_added(Sum (&sums)[SUMS], u32* parts, u32* counter, u32* last_to_
       add_bits(sums[4 * c + 2], four.z), add_bits(sums[4 * c + 3], four.w);
     }
   }
+}
+
+template <int THREADS, int AT_ONCE, int SUMS, typename Sum>
+DEVICE bool all_added(Sum (&sums)[SUMS], const Shared& tile) {
+  if (tile.first == tile.last) return true;
+  const u32 own = blockIdx.x, others = tile.last - tile.first;
+  auto come = [&] {
+    if (threadIdx.x == 0) *tile.last_to_come = (add_up(tile.counter, 1) & 0xFFFF) == others;
+    meet_consumers<THREADS>();
+    return *tile.last_to_come != 0;
+  };
+  bool goes_on = COME_FIRST<SUMS> && come();
+  const bool keep = own - tile.first <= 1;
+  if (!goes_on || !keep) write_part<THREADS>(sums, tile);
+  if (COME_FIRST<SUMS> && goes_on && threadIdx.x == 0) wait_for_count(tile.counter, others << 16 | (others + 1));
+  meet_consumers<THREADS>();
+  if constexpr (!COME_FIRST<SUMS>)
+    goes_on = come();
+  else if (!goes_on && threadIdx.x == 0)
+    add_up(tile.counter, 1 << 16);
+  if (!goes_on) return false;
+  if (threadIdx.x == 0) *tile.counter = 0;
+  add_parts<THREADS, AT_ONCE>(sums, tile, keep);
+  return true;
+}
+
+// A block that goes on with another tile leaves its sums without waiting for an answer: how many had come before it,
+// which the first thread gets, it looks at when it is done with all else. Should it have been the last one, it adds up
+// all then.
+template <int THREADS, int SUMS, typename Sum>
+DEVICE u32 leave_part(const Sum (&sums)[SUMS], const Shared& tile) {
+  write_part<THREADS>(sums, tile);
+  meet_consumers<THREADS>();
+  return threadIdx.x == 0 ? add_up_and_go_on(tile.counter, COME_FIRST<SUMS> ? 1 << 16 | 1 : 1) : 0;
+}
+template <int THREADS, int AT_ONCE, int SUMS, typename Sum>
+DEVICE bool left_for_last(Sum (&sums)[SUMS], const Shared& tile, u32 came_before) {
+  const u32 others = tile.last - tile.first;
+  meet_consumers<THREADS>();  // all have read what was there of another tile
+  if (threadIdx.x == 0) {
+    *tile.last_to_come = (came_before & 0xFFFF) == others;
+    if (*tile.last_to_come) wait_for_count(tile.counter, COME_FIRST<SUMS> ? (others + 1) << 16 | (others + 1) : others + 1);
+  }
+  meet_consumers<THREADS>();
+  if (*tile.last_to_come == 0) return false;
+  if (threadIdx.x == 0) *tile.counter = 0;
+  add_parts<THREADS, AT_ONCE>(sums, tile, false);
   return true;
 }
 

@@ -2,13 +2,11 @@
 // short prompt. For sm_90a.
 //
 // The weight is read once for TILE_M rows of x. A block works on tiles of 64 rows of the weight per warpgroup, 16 per
-// warp, in chunks of 128 columns. Asynchronous copies fill a ring of chunks in shared memory ahead: each warp copies
-// the codes of its own rows, all together copy x. A lane turns its codes into pairs of 16-bit numbers (see
-// fill_pair_table); in registers, as they come, these are the first operand of the matrix units (wgmma), and x in
-// shared memory is the second. While these multiply some columns, the warp decodes the next ones.
-//
-// At each chunk warps wait until all of x has come, and until none still reads the part of the ring that is filled
-// next. To say that one is ready and to wait for the others are two steps: much of the decoding lies between them.
+// warp, in chunks of 128 columns. One more warp has the copy engine fill a ring of chunks in shared memory, of x and of
+// codes; barriers say which chunks are full, and which are free again. A lane turns its codes into pairs of 16-bit
+// numbers (see fill_pair_table); in registers, as they come, these are the first operand of the matrix units (wgmma),
+// and x in shared memory is the second. While these multiply half a chunk, the warp decodes the next half, and adds up
+// the sums of the half before.
 //
 // The chunks of all tiles stand in one line, tile after tile, and each block takes an equal stretch of it, wherever
 // that begins and ends: so no number of tiles leaves a part of the GPU idle. Where several blocks share a tile, each
@@ -25,6 +23,8 @@
 #include "hopper.cuh"
 
 struct Arguments {
+  Map x_map;                // of x [M, K]; boxes: TILE_M rows by 64 columns
+  Map weight_map;           // of packed, in bytes; boxes: ROWS by 64
   const u8* packed;         // [N, K / 2]
   const void* scales;       // [N, K / FORMAT_BLOCK]: fp32, or codes in 8 bits
   const float* nested;      // scale of each 256 of those
@@ -40,28 +40,30 @@ struct Arguments {
   u32* counters;            // [tiles of x, tiles of the weight]: zeros, before and after
 };
 
-constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS;
+constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, THREADS = CONSUMERS + 128;
+// registers of a thread; more than the block has would be waited for forever
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 216;
+static_assert(WARPGROUPS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (WARPGROUPS + 1) * (65536 / THREADS / 8 * 8));
 constexpr int ROWS = 64 * WARPGROUPS;                   // of the weight, in a tile
 constexpr int CHUNK = 128;                              // columns
 constexpr int X_HALF = TILE_M * 128;                    // bytes of 64 columns of x
 constexpr int X_BYTES = 2 * X_HALF, SLOT = X_BYTES + ROWS * CHUNK / 2;
-constexpr int LEAD = STAGES - 2;                        // chunks ahead of the one in work that are copied
 constexpr int SUMS = TILE_M / 2;                        // of a thread: 64 rows by TILE_M over 128 threads
 constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;        // chunks that eight scales of a row are for
-constexpr int STEPS = 4, GROUPS = 8 / STEPS;            // steps of 16 columns that share an operand
+constexpr int STEPS = 4;                                // of 16 columns, in half a chunk
 constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : 2;  // read when blocks' sums are added up
-static_assert(FORMAT_BLOCK >= 64 && STAGES >= 3 && SLOT % 1024 == 0);
+static_assert(FORMAT_BLOCK >= 64 && STAGES >= 2 && SLOT % 1024 == 0);
 
-// ---------------------------------------------------------------------------------------------- groups
+// ---------------------------------------------------------------------------------------------- halves of chunks
 
 typedef u32 Operand[STEPS][4];
 
-// STEPS of them, together one group to wait for; x is the address of these columns of x
-DEVICE void multiply_group(float (&sums)[SUMS], const Operand& operand, u32 x, bool accumulate) {
+// x is the address of these columns of x
+DEVICE void multiply_half(float (&sums)[SUMS], const Operand& operand, u32 x) {
   const u64 second = second_operand(x);
   begin_products();
 #pragma unroll
-  for (int s = 0; s < STEPS; s++) multiply_16(sums, operand[s], second + s * (32 >> 4), accumulate || s > 0);
+  for (int s = 0; s < STEPS; s++) multiply_16(sums, operand[s], second + s * (32 >> 4), s > 0);
   commit_products();
 }
 
@@ -130,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const u32 lane4 = lane * 4;
   const int row_blocks = a.k / FORMAT_BLOCK;  // quantization blocks of a row
-  const int chunks = (a.k + CHUNK - 1) / CHUNK, row_bytes = a.k / 2;
+  const int chunks = (a.k + CHUNK - 1) / CHUNK;
   const int tiles = (a.n + ROWS - 1) / ROWS;
 
   // this block's stretch of all chunks; where the blocks are a multiple of the tiles, none goes over a tile's end
@@ -143,45 +145,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   u8* table = shared;
   u8* ring = table + PAIR_TABLE_BYTES;
   const u32 ring_address = shared_address(ring);
-  Barrier& barrier = *(Barrier*)(ring + STAGES * SLOT);
-  u32* last_to_come = (u32*)(ring + STAGES * SLOT + 8);
-
-  // ------------------------------------------------------------------------------------------ copies
-  // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row's 64 bytes the four pieces change
-  // places so that one piece of eight rows lies in different banks.
-  const int piece = lane & 3;
-  const u32 codes_to = X_BYTES + warp * 1024 + g * 64 + (piece ^ g >> 1) * 16;
-  int codes_tile = tile, codes_chunk = chunk;
-  auto copy_codes = [&](int slot) {
-    const u32 to = ring_address + slot * SLOT + codes_to;
-    const int row = codes_tile * ROWS + warp * 16 + g, at = codes_chunk * 64 + piece * 16;
-    const int rows = at < row_bytes ? a.n - row : 0;  // from this one on: what is past the last one gets zeros
-    const u8* from = a.packed + (long long)row * row_bytes + at;
-    copy_codes_async(to, from, rows > 0 ? 16 : 0);
-    copy_codes_async(to + 512, from + 8 * row_bytes, rows > 8 ? 16 : 0);
-    if (++codes_chunk == chunks) {
-      codes_chunk = 0;
-      codes_tile++;
+  Barrier* full = (Barrier*)(ring + STAGES * SLOT);
+  Barrier* free = full + STAGES;
+  u32* last_to_come = (u32*)(free + STAGES);
+  if (thread == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      full[s].init(1);
+      free[s].init(WARPS);
     }
-  };
+    show_matrix_units();  // and the copy engine: that there are barriers
+  }
+  __syncthreads();
 
-  // x: 16 neighbouring threads copy the 256 bytes of a row to two places of 128 bytes, whose eight pieces are permuted
-  // by the row's number, as the matrix units want it.
-  constexpr int X_ROWS = THREADS / 16, X_COPIES = TILE_M / X_ROWS;
-  const int x_row = thread >> 4, x_piece = thread & 15;
-  const u32 x_to = (x_piece >> 3) * X_HALF + x_row * 128 + ((x_piece ^ x_row) & 7) * 16;
-  const u16* x_from = a.x + (blockIdx.y * TILE_M + x_row) * a.x_stride + x_piece * 8;
-  const int m = min(TILE_M, a.m - (int)blockIdx.y * TILE_M);
-  auto copy_x = [&](int slot, int chunk) {
-    const u32 to = ring_address + slot * SLOT + x_to;
-    const int rows = chunk * CHUNK + x_piece * 8 < a.k ? m : 0;
-#pragma unroll
-    for (int c = 0; c < X_COPIES; c++)
-      copy_async(to + c * X_ROWS * 128, x_from + chunk * CHUNK + c * X_ROWS * a.x_stride,
-                 x_row + c * X_ROWS < rows ? 16 : 0);
-  };
+  // ------------------------------------------------------------------------------------------ filling
+  if (thread >= CONSUMERS) {
+    give_registers<PRODUCER_REGISTERS>();
+    if (thread > CONSUMERS) return;
+    struct Place {
+      int tile, chunk;
+    };
+    auto go_on = [&](Place& place) {
+      if (++place.chunk == chunks) {
+        place.chunk = 0;
+        place.tile++;
+      }
+    };
+    auto copy_codes = [&](int slot, const Place& place) {
+      full[slot].arrive_and_expect(SLOT);
+      copy_box(ring_address + slot * SLOT + X_BYTES, a.weight_map, place.chunk * 64, place.tile * ROWS, full[slot]);
+    };
+    auto copy_x = [&](int slot, const Place& place) {
+      const int row = blockIdx.y * TILE_M;
+      copy_box(ring_address + slot * SLOT, a.x_map, place.chunk * CHUNK, row, full[slot]);
+      copy_box(ring_address + slot * SLOT + X_HALF, a.x_map, place.chunk * CHUNK + 64, row, full[slot]);
+    };
+    const int at_once = min(STAGES, left);
+    Place place = {tile, chunk};
+    for (int slot = 0; slot < at_once; slot++, go_on(place)) copy_codes(slot, place);
+    wait_for_previous_kernel();
+    place = {tile, chunk};
+    for (int slot = 0; slot < at_once; slot++, go_on(place)) copy_x(slot, place);
+    u32 phase = 0;
+    for (int slot = 0; left > STAGES; left--, go_on(place)) {
+      free[slot].wait(phase);
+      copy_codes(slot, place);
+      copy_x(slot, place);
+      if (++slot == STAGES) {
+        slot = 0;
+        phase ^= 1;
+      }
+    }
+    return;
+  }
 
+  take_registers<CONSUMER_REGISTERS>();
   // ------------------------------------------------------------------------------------------ scales
+  const int m = min(TILE_M, a.m - (int)blockIdx.y * TILE_M);
   // A warp decodes eight scales of each of its 16 rows at a time, a lane four of them. What is stored is read when the
   // eight before begin.
   const long long all_scales = (long long)a.n * row_blocks;
@@ -230,20 +249,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
   // neighbours that have the others, and takes its own byte of each word.
   const u32 own_byte = 0x5504 | t << 4;
   const u32 own_codes = X_BYTES + warp * 1024 + g * 64;
-  auto decode = [&](Operand& operand, int slot, int group) {
+  auto decode = [&](Operand& operand, int slot, int half) {
     const u8* codes = ring + slot * SLOT + own_codes;
 #pragma unroll
     for (int q = 0; q < STEPS / 2; q++) {
-      const int piece = group * (STEPS / 2) + q;  // 16 bytes: 32 columns
+      const int piece = half * (STEPS / 2) + q;  // 16 bytes: 32 columns; a row's four are permuted by its number
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         const uint4 words = *(const uint4*)(codes + r * 512 + (piece ^ g >> 1) * 16);
         const u32 word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          u32 pair = *(const u32*)(table + __byte_perm(word[i], lane4, own_byte));
-          operand[q * 2 + i / 2][i % 2 * 2 + r] = pair;
-        }
+        for (int i = 0; i < 4; i++)
+          operand[q * 2 + i / 2][i % 2 * 2 + r] = *(const u32*)(table + __byte_perm(word[i], lane4, own_byte));
       }
     }
   };
@@ -254,103 +271,83 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
 #pragma unroll
     for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
   };
-  float part[SUMS];  // of 64 columns
+  float parts[2][SUMS];  // of the halves of a chunk
   auto add_part = [&](int half) {
-    wait_for_products<0>();
-    sums_are_there(part);
+    sums_are_there(parts[half]);
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) sums[i] += scales[half][i >> 1 & 1] * part[i];
+    for (int i = 0; i < SUMS; i++) sums[i] += scales[half][i >> 1 & 1] * parts[half][i];
   };
-  auto multiply = [&](const Operand& operand, int slot, int group) {
-    const int column = group * STEPS * 16;
-    const u32 x = ring_address + slot * SLOT + column / 64 * X_HALF + column % 64 * 2;
-    multiply_group(part, operand, x, false);
+  auto multiply = [&](const Operand& operand, int slot, int half) {
+    multiply_half(parts[half], operand, ring_address + slot * SLOT + half * X_HALF);
   };
 
-  auto finish = [&] {
-    const int first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1);
+  auto shared_tile = [&](int tile) {
+    const u32 first = block_of(tile * chunks), last = block_of(tile * chunks + chunks - 1);
     u32* parts = a.workspace + (long long)blockIdx.y * 2 * gridDim.x * ROWS * TILE_M;
-    u32* counter = a.counters + blockIdx.y * tiles + tile;
-    if (all_added<THREADS, PARTS_AT_ONCE>(sums, parts, counter, last_to_come, first, last, thread))
-      write_sums(sums, a.out + (long long)blockIdx.y * TILE_M * a.n, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
+    return Shared{parts, a.counters + blockIdx.y * tiles + tile, last_to_come, first, last};
+  };
+  auto write = [&](int tile) {
+    u16* out = a.out + (long long)blockIdx.y * TILE_M * a.n;
+    write_sums(sums, out, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
+  };
+  int left_tile = -1;  // whose sums were left for the last of its blocks
+  u32 came_before = 0;
+  auto finish = [&] {
+    const Shared shared = shared_tile(tile);
+    if (left > 0 && shared.first != shared.last) {
+      came_before = leave_part<CONSUMERS>(sums, shared);
+      left_tile = tile;
+    } else if (all_added<CONSUMERS, PARTS_AT_ONCE>(sums, shared)) {
+      write(tile);
+    }
   };
 
-  // ------------------------------------------------------------------------------------------ first copies
-#pragma unroll
-  for (int s = 0; s < LEAD; s++)
-    if (s < left) copy_codes(s);
-  commit_copies();
-  if (thread == 0) barrier.init(WARPS);
+  // ------------------------------------------------------------------------------------------ tables
   const float value = NESTED && thread < 256 ? a.dynamic[thread] : 0.0f, offset = NESTED ? *a.offset : 0.0f;
-  const auto own_pairs = read_pairs<THREADS>(a.pairs);
-  wait_for_previous_kernel();
-  for (int s = 0, at = chunk; s < LEAD; s++) {
-    if (s < left) copy_x(s, at);
-    commit_copies();
-    if (++at == chunks) at = 0;
-  }
-  fill_pair_table<THREADS>(table, own_pairs);
+  fill_pair_table<CONSUMERS>(table, read_pairs<CONSUMERS>(a.pairs));
   if (NESTED && thread < 256) *value_of_code(table, thread) = value;
   if (NESTED && thread == 0) *value_of_code(table, 256) = offset;
-  __syncthreads();
+  meet_consumers<CONSUMERS>();
+  wait_for_previous_kernel();
   write_window();
   take_scales();
-  Operand operands[2];  // of the group in work, and of the next one
-  wait_for_copies<LEAD>();
-  __syncwarp();
-  decode(operands[0], 0, 0);
-  auto ready = [&] {
-    show_matrix_units();
-    __syncwarp();
-    if (lane == 0) barrier.arrive();
-  };
-  wait_for_copies<LEAD - 1>();
-  ready();
 
   // ------------------------------------------------------------------------------------------ chunk by chunk
   int slot = 0;
-  u32 parity = 0;
+  u32 phase = 0;
+  Operand operands[2];  // of the half in work, and of the next one
+  auto decode_first_half = [&] {
+    full[slot].wait(phase);
+    __syncwarp();
+    decode(operands[0], slot, 0);
+  };
+  decode_first_half();
   while (true) {
     clear_sums();
     const int tile_end = min(chunks, chunk + left);
 #pragma unroll 1
     while (chunk < tile_end) {
-      barrier.wait(parity);
-      __syncwarp();
-      parity ^= 1;
-#pragma unroll
-      for (int group = 0; group < GROUPS; group++) {
-        Operand& next = operands[(group + 1) % 2];
-        multiply(operands[group % 2], slot, group);
-        if (group == 0) {
-          if (left > LEAD) {  // none is still at the chunk before the last one: its place is free
-            const int free = slot < 2 ? slot + LEAD : slot - 2;
-            copy_x(free, codes_chunk);
-            copy_codes(free);
-          }
-          commit_copies();
-        }
-        if (group + 1 < GROUPS) {
-          decode(next, slot, group + 1);
-          add_part(group);
-          continue;
-        }
-        if (++slot == STAGES) slot = 0;
-        if (--left > 0) {
-          wait_for_copies<LEAD - 1>();
-          ready();
-        }
-        const bool more = ++chunk < tile_end;
-        if (more) decode(next, slot, 0);
-        add_part(group);
-        if (more) next_scales();
+      const int now = slot;
+      if (++slot == STAGES) {
+        slot = 0;
+        phase ^= 1;
       }
+      multiply(operands[0], now, 0);
+      decode(operands[1], now, 1);
+      multiply(operands[1], now, 1);
+      wait_for_products<1>();
+      add_part(0);
+      if (--left > 0) decode_first_half();
+      wait_for_products<0>();
+      add_part(1);
+      if (lane == 0) free[now].arrive();
+      if (++chunk < tile_end) next_scales();
     }
     finish();
     if (left == 0) break;
     tile++;
     chunk = 0;
     next_scales();
-    decode(operands[0], slot, 0);
   }
+  if (left_tile >= 0 && left_for_last<CONSUMERS, PARTS_AT_ONCE>(sums, shared_tile(left_tile), came_before)) write(left_tile);
 }

@@ -8,7 +8,8 @@
 // 4 bits: the third warpgroup decodes the scales, too. A multiplying warp looks up the two values of a byte, multiplies
 // them by the scale in fp32 and rounds the products to x's dtype, as dequantizing does; in registers they are the first
 // operand of the matrix units (wgmma), x in shared memory is the second. While these multiply the columns of one slot,
-// the warp decodes those of the next. What limits this is shared memory: the matrix units take half of its bandwidth.
+// the warp decodes those of the next. What limits this is how long that takes a warp, since the matrix units take half
+// of shared memory's bandwidth: so it asks for codes and values a step before it wants them.
 //
 // 8 bits: x is there in 8 bits as well, with a scale for each row (quantize_rows.cu), and sums are of integers. In
 // columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype. Where more than
@@ -79,18 +80,50 @@ typedef u32 Operand[4][4];  // of 64 columns of the weight
 
 #if BITS == 4
 
-// a scale as it is stored
-struct RawScale {
-  float value;  // where NESTED, of the scale's 256
-  u32 code;
+// Scales as they are stored: the four whose numbers in their row differ in the last two bits alone, or of these only the
+// one that was asked for. Each row lies in a line of its own, and a read of many lines holds up look-ups.
+struct RawScales {
+#if NESTED
+  u32 codes;
+  float scale;  // of their 256
+#else
+  float value[4];
+#endif
 };
 
-DEVICE RawScale read_scale(const Arguments& a, int row, int column) {
-  const long long block = (long long)row * (a.k / FORMAT_BLOCK) + column / FORMAT_BLOCK;
+DEVICE bool scales_in_fours(int row_blocks) { return row_blocks % 4 == 0; }
+
+DEVICE RawScales read_scales(const Arguments& a, int row, int block) {
+  const int row_blocks = a.k / FORMAT_BLOCK;
+  const long long begin = (long long)row * row_blocks;
+  RawScales raw = {};
+  if (scales_in_fours(row_blocks)) {
+    const long long first = begin + (block & ~3);
 #if NESTED
-  return {a.nested[block >> 8], ((const u8*)a.scales)[block]};
+    raw.codes = *(const u32*)((const u8*)a.scales + first);
+    raw.scale = a.nested[first >> 8];
 #else
-  return {((const float*)a.scales)[block], 0};
+    const float4 four = *(const float4*)((const float*)a.scales + first);
+    raw.value[0] = four.x, raw.value[1] = four.y, raw.value[2] = four.z, raw.value[3] = four.w;
+#endif
+  } else {
+#if NESTED
+    raw.codes = ((const u8*)a.scales)[begin + block] << 8 * (block & 3);
+    raw.scale = a.nested[(begin + block) >> 8];
+#else
+    const float value = ((const float*)a.scales)[begin + block];
+    raw.value[0] = raw.value[1] = raw.value[2] = raw.value[3] = value;
+#endif
+  }
+  return raw;
+}
+
+DEVICE float scale_of(const RawScales& raw, int block, const float* dynamic, float offset) {
+#if NESTED
+  return dynamic[raw.codes >> 8 * (block & 3) & 255] * raw.scale + offset;
+#else
+  const float low = block & 1 ? raw.value[1] : raw.value[0], high = block & 1 ? raw.value[3] : raw.value[2];
+  return block & 2 ? high : low;
 #endif
 }
 
@@ -150,8 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   float* dynamic = slot_scales + STAGES * SCALE_BYTES / 4;
   Barrier* full = (Barrier*)((u8*)dynamic + DYNAMIC_BYTES);
   Barrier* free = full + STAGES;
-  Barrier* tables = free + STAGES;
-  u32* last_to_come = (u32*)(tables + 1);
+  u32* last_to_come = (u32*)(free + STAGES);
   [[maybe_unused]] int* listed = (int*)(last_to_come + 1);
   const u32 ring_address = shared_address(ring);
   auto x_address = [&](int slot) { return ring_address + slot * (X_BYTES + CODE_BYTES); };
@@ -169,10 +201,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       full[s].init(1 + (BITS == 4 ? PRODUCERS / 32 : 0));
       free[s].init(CONSUMERS / 32);
     }
-  if (thread == 0) {
-    tables->init(CONSUMERS / 32);
-    show_matrix_units();  // and the copy engine: that there are barriers
-  }
+  if (thread == 0) show_matrix_units();  // and the copy engine: that there are barriers
+#if BITS == 4 && NESTED
+  if (thread < 256) dynamic[thread] = a.dynamic[thread];
+#endif
   __syncthreads();
 
   // ------------------------------------------------------------------------------------------ filling
@@ -180,6 +212,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     give_registers<40>();
     const int own = thread - CONSUMERS;  // a row of the weight
     if (BITS == 8 && own > 0) return;
+#if BITS == 4
+    // What does not come from the kernel before is on its way while that ends.
+    const Part first = part_of(0);
+    const int first_row = place_of(first.tile).weight_row;
+    if (own < STAGES) fetch_box(a.weight_map, first.begin * 64 + own * 32, first_row);
+    RawScales raw = read_scales(a, min(first_row + own, a.n - 1), first.begin * 128 / FORMAT_BLOCK);
+#endif
     wait_for_previous_kernel();
 #if BITS == 8
     const bool integers = a.outliers[0] <= MOST_OUTLIERS;
@@ -218,38 +257,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     }
 #else
     const float per_factor = BF16 ? a.values[17] : 1.0f;
-#if NESTED
-    const float offset = *a.offset;
-#endif
-    RawScale raw = {};  // of the slot before, while its scale has not been written
-    int raw_slot = 0;
-    auto write_scale = [&] {
-#if NESTED
-      const float scale = dynamic[raw.code] * raw.value + offset;
-#else
-      const float scale = raw.value;
-#endif
-      slot_scales[raw_slot * ROWS + own] = scale * per_factor;
-      __syncwarp();
-      if (lane == 0) full[raw_slot].arrive();
-    };
+    const float offset = NESTED ? *a.offset : 0.0f;
+    const int row_blocks = a.k / FORMAT_BLOCK;
+    int weight_row = first_row, block = first.begin * 128 / FORMAT_BLOCK;
     for (int i = 0; i < slots; i++) {
-      const int row = place.weight_row + own, at = column();
       wait_and_copy();
-      if (i == 1) tables->wait(0);
-      if (i > 0) write_scale();
-      raw = read_scale(a, min(row, a.n - 1), min(at, a.k - 1));
-      raw_slot = slot;
+      slot_scales[slot * ROWS + own] = scale_of(raw, block, dynamic, offset) * per_factor;
+      __syncwarp();
+      if (lane == 0) full[slot].arrive();
+      // the next slot's, long before it is free; past the last one any
+      const int next = min(column() / FORMAT_BLOCK, row_blocks - 1);
+      if (!scales_in_fours(row_blocks) || place.weight_row != weight_row || next >> 2 != block >> 2)
+        raw = read_scales(a, min(place.weight_row + own, a.n - 1), next);
+      weight_row = place.weight_row, block = next;
       advance();
     }
-    write_scale();
 #endif
     return;
   }
 
   // ------------------------------------------------------------------------------------------ multiplying
   take_registers<232>();
-  wait_for_previous_kernel();
   const int g = lane >> 2, t = lane & 3, row_of_tile = warp * 16 + g;
   auto release = [&](int slot) {
     if (lane == 0) free[slot].arrive();
@@ -262,33 +290,60 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
 #pragma unroll
     for (int j = 0; j < 4; j++) to[j] = pair;
   }
-  if (NESTED) dynamic[thread] = a.dynamic[thread];
   meet_consumers<CONSUMERS>();
-  if (lane == 0) tables->arrive();
+  wait_for_previous_kernel();
 
   // Of the 8 bytes of 16 columns of a row, bytes t and t + 4 belong to a thread. It reads all, as do the three
   // neighbours that have the others, and takes its own byte of each word.
   const u32 own_place = kept(lane * sizeof(Pair)), own_byte = kept(0x5504 | t << 4);
-  auto decode = [&](Operand& operand, int) {
+  struct Codes {
+    uint4 words[2][2];  // 32 columns each, rows g and g + 8
+    float scales[2];
+  };
+  struct Values {
+    Codes codes;
+    Pair pairs[2][2][4];
+  } values;
+  constexpr bool EARLY = sizeof(Pair) == 4;  // larger ones would take too many registers on their way
+  auto pair_of_code = [&](const Codes& codes, int r, int p, int i) {
+    const uint4 words = codes.words[r][p];
+    const u32 word = i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+    return *(const Pair*)(table + __byte_perm(word, own_place, own_byte));
+  };
+  auto read_codes = [&](int) {
     full[slot].wait(phase);
     __syncwarp();
-    const u8* codes = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row_of_tile * 32;
+    const u8* from = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row_of_tile * 32;
+    Codes codes;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const float scale = slot_scales[slot * ROWS + row_of_tile + r * 8];
+      codes.scales[r] = slot_scales[slot * ROWS + row_of_tile + r * 8];
 #pragma unroll
-      for (int p = 0; p < 2; p++) {
-        const uint4 words = *(const uint4*)(codes + r * 256 + p * 16);
-        const u32 word[4] = {words.x, words.y, words.z, words.w};
+      for (int p = 0; p < 2; p++) codes.words[r][p] = *(const uint4*)(from + r * 256 + p * 16);
+    }
+    advance();
+    return codes;
+  };
+  auto look_up = [&](const Codes& codes) {
+    values.codes = codes;
+    if constexpr (EARLY)
+#pragma unroll
+      for (int i = 0; i < 16; i++) values.pairs[i >> 3][i >> 2 & 1][i & 3] = pair_of_code(codes, i >> 3, i >> 2 & 1, i & 3);
+  };
+  auto make_operand = [&](Operand& operand) {
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+#pragma unroll
+      for (int p = 0; p < 2; p++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const float2 two = values_of(*(const Pair*)(table + __byte_perm(word[i], own_place, own_byte)));
+          const float scale = values.codes.scales[r];
+          const float2 two = values_of(EARLY ? values.pairs[r][p][i] : pair_of_code(values.codes, r, p, i));
           operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(two.x * scale, two.y * scale);
         }
-      }
-    }
   };
 #else
+  wait_for_previous_kernel();
   const int outliers = a.outliers[0];  // columns that have any
   if (outliers <= MOST_OUTLIERS) {
     if (thread < 16) listed[thread] = thread < outliers ? a.outliers[1 + thread] : 0;
@@ -296,20 +351,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   }
 
   // The pieces of 16 columns of 8 rows lie as second_operand says: a thread finds two neighbours, and those 8 further.
-  auto decode = [&](Operand& operand, int half) {
+  struct Codes {
+    u32 words[4][2];
+  } values;
+  auto read_codes = [&](int half) {
     full[slot].wait(phase);
     __syncwarp();
-    const u8* codes = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row_of_tile * 128 + t * 2;
+    const u8* from = ring + slot * (X_BYTES + CODE_BYTES) + X_BYTES + row_of_tile * 128 + t * 2;
+    Codes codes;
 #pragma unroll
     for (int s = 0; s < 4; s++) {
-      const u8* piece = codes + ((half * 4 + s) ^ g) * 16;
+      const u8* piece = from + ((half * 4 + s) ^ g) * 16;
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+        codes.words[s][r] = *(const u16*)(piece + r * 1024) | (u32)*(const u16*)(piece + r * 1024 + 8) << 16;
+    }
+    advance();
+    return codes;
+  };
+  auto look_up = [&](const Codes& codes) { values = codes; };
+  auto make_operand = [&](Operand& operand) {
+#pragma unroll
+    for (int s = 0; s < 4; s++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const u32 word = *(const u16*)(piece + r * 1024) | (u32)*(const u16*)(piece + r * 1024 + 8) << 16;
-        operand[s][r] = pair_of_bytes<0>(word);
-        operand[s][2 + r] = pair_of_bytes<1>(word);
+        operand[s][r] = pair_of_bytes<0>(values.words[s][r]);
+        operand[s][2 + r] = pair_of_bytes<1>(values.words[s][r]);
       }
-    }
   };
 #endif
 
@@ -355,50 +423,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     constexpr bool DECODED = Kind::SLOTS == Decoded::SLOTS;
     typename Kind::Sum sums[SUMS];
     Operand operands[2];  // of the slot in work, and of the next one
-    if constexpr (DECODED) decode(operands[0], 0);
-    int before = 0;  // the slot whose products may still be under way
-    for (int index = 0; index < parts; index++) {
-      const Part part = part_of(index);
-      const Place place = place_of(part.tile);
-#pragma unroll
-      for (int i = 0; i < SUMS; i++) sums[i] = 0;
-#pragma unroll 1
-      for (int chunk = part.begin; chunk < part.end; chunk++) {
-#pragma unroll
-        for (int half = 0; half < Kind::SLOTS; half++) {
-          const int now = slot;
-          if constexpr (!DECODED) {
-            full[slot].wait(phase);
-            __syncwarp();
-          }
-          advance();
-          const u64 x = second_operand(x_address(now));
-          begin_products();
-#pragma unroll
-          for (int s = 0; s < 4; s++) {
-            if constexpr (DECODED) {
-              multiply_16(sums, operands[half][s], x + s * (32 >> 4), 1);
-            } else {
-              const u64 weight = second_operand(x_address(now) + X_BYTES + warp / 4 * 64 * 128);
-              multiply_32(sums, weight + s * (32 >> 4), x + s * (32 >> 4), 1);
-            }
-          }
-          commit_products();
-          wait_for_products<1>();  // those of the slot before: it is free, and so is their operand
-          if (half > 0 || chunk > part.begin) release(before);
-          before = now;
-          if constexpr (DECODED)
-            if (half == 0 || chunk + 1 < part.end || index + 1 < parts) decode(operands[half ^ 1], half ^ 1);
-        }
-      }
-      wait_for_products<0>();
-      sums_are_there(sums);
-      release(before);
-
-      const int in_line = (part.tile - line_first) * chunks;
-      const u32 first = index < whole ? blockIdx.x : stretch_of(line, in_line, blocks);
-      const u32 last = index < whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
-      if (!all_added<CONSUMERS, 1>(sums, a.workspace, a.counters + part.tile, last_to_come, first, last, thread)) continue;
+    int left = all_chunks * Kind::SLOTS;  // slots whose products have not begun
+    if constexpr (DECODED) {
+      look_up(read_codes(0));
+      make_operand(operands[0]);
+      look_up(read_codes(1));
+    }
+    int now = 0, before = 0;  // the slot in work, and the one whose products may still be under way
+    auto shared_by = [&](int tile, bool whole) {
+      const int in_line = (tile - line_first) * chunks;
+      const u32 first = whole ? blockIdx.x : stretch_of(line, in_line, blocks);
+      const u32 last = whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
+      return Shared{a.workspace, a.counters + tile, last_to_come, first, last};
+    };
+    auto give_out = [&](const Place& place) {
       const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
 #if BITS == 8
       if constexpr (!DECODED) {  // from here on the bits of fp32
@@ -418,6 +456,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       for (int i = 0; i < SUMS; i++) set_float(sums[i], as_float(sums[i]) * (i & 2 ? scale1 : scale0));
 #endif
       write_sums(sums, a.out + (long long)place.x_row * a.n, m, a.n, row, a.bias, a.bias_bytes, g, t);
+    };
+    int left_part = -1;  // whose sums were left for the last of its blocks
+    u32 came_before = 0;
+    for (int index = 0; index < parts; index++) {
+      const Part part = part_of(index);
+      const Place place = place_of(part.tile);
+#pragma unroll
+      for (int i = 0; i < SUMS; i++) sums[i] = 0;
+#pragma unroll 1
+      for (int chunk = part.begin; chunk < part.end; chunk++) {
+#pragma unroll
+        for (int half = 0; half < Kind::SLOTS; half++) {
+          if constexpr (!DECODED) {
+            full[slot].wait(phase);
+            __syncwarp();
+            advance();
+          }
+          const u64 x = second_operand(x_address(now));
+          begin_products();
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            if constexpr (DECODED) {
+              multiply_16(sums, operands[half][s], x + s * (32 >> 4), 1);
+            } else {
+              const u64 weight = second_operand(x_address(now) + X_BYTES + warp / 4 * 64 * 128);
+              multiply_32(sums, weight + s * (32 >> 4), x + s * (32 >> 4), 1);
+            }
+          }
+          commit_products();
+          wait_for_products<1>();  // those of the slot before: it is free, and so is their operand
+          if (half > 0 || chunk > part.begin) release(before);
+          before = now;
+          if (++now == STAGES) now = 0;
+          left--;
+          if constexpr (DECODED) {
+            // What memory answers is asked for one step before it is wanted: the codes of the slot after the next one,
+            // and then the values of these, while the next slot's are made an operand, and products go on.
+            Codes codes;
+            if (left > 1) codes = read_codes(half);
+            if (left > 0) make_operand(operands[half ^ 1]);
+            if (left > 1) look_up(codes);
+          }
+        }
+      }
+      wait_for_products<0>();
+      sums_are_there(sums);
+      release(before);
+
+      const Shared shared_tile = shared_by(part.tile, index < whole);
+      if (index + 1 < parts && shared_tile.first != shared_tile.last) {
+        came_before = leave_part<CONSUMERS>(sums, shared_tile);
+        left_part = index;
+      } else if (all_added<CONSUMERS, 1>(sums, shared_tile)) {
+        give_out(place);
+      }
+    }
+    if (left_part >= 0) {
+      const int tile = part_of(left_part).tile;
+      if (left_for_last<CONSUMERS, 1>(sums, shared_by(tile, false), came_before)) give_out(place_of(tile));
     }
   };
 #if BITS == 8
