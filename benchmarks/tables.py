@@ -220,6 +220,44 @@ def offload() -> str:
     return _table(header, lines)
 
 
+def finetune() -> str:
+    found = _load("finetune-cuda.json")
+    titles = {
+        "floor": "the products alone, in bf16",
+        "bf16": "PEFT, bf16",
+        "bitsandbytes-nf4": "PEFT + bitsandbytes, nf4",
+        "fewbits-nf4-peft": "PEFT + fewbits, nf4, PEFT's own functions",
+        "fewbits-nf4": "PEFT + fewbits, nf4",
+        "bitsandbytes-int8": "PEFT + bitsandbytes, int8",
+        "fewbits-int8-peft": "PEFT + fewbits, int8, PEFT's own functions",
+        "fewbits-int8": "PEFT + fewbits, int8",
+    }
+
+    def of(row: dict, key: str) -> str:
+        value = row.get("of_peer", {}).get(key)
+        return "" if value is None else f"{value:.2f}"
+
+    lines = []
+    for name, title in titles.items():
+        row = found["rows"].get(name, {})
+        if "seconds" not in row:
+            continue
+        peak = f"{row['peak_bytes'] / GiB:.2f}" if "peak_bytes" in row else ""
+        losses = f"{row['losses'][0]:.3f} → {row['losses'][-1]:.3f}" if "losses" in row else ""
+        step = f"{row['seconds'] * 1e3:.0f}"
+        lines.append((title, step, of(row, "seconds"), peak, of(row, "peak_bytes"), losses))
+    device = found["device"].removeprefix("NVIDIA ")
+    header = (
+        f"one {device}",
+        "ms a step",
+        "of bnb's",
+        "peak, GiB",
+        "of bnb's",
+        f"loss, first and {len(row['losses'])}th",
+    )
+    return _table(header, lines)
+
+
 TABLES = {
     "quality": quality,
     "gpt2_xl": gpt2_xl,
@@ -228,6 +266,7 @@ TABLES = {
     "linear_gpu_more": linear_gpu_more,
     "conversions": conversions,
     "decode": decode,
+    "finetune": finetune,
     "load": load,
     "offload": offload,
 }

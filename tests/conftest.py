@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def _cpu_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """A test that does not take ``device`` is about the CPU: a machine with a GPU runs it as if there were none."""
     if not {"device", "gpu"} & set(request.fixturenames):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def without_the_integration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers as if ``fewbits.integrations.transformers`` had not been imported, as other test files do."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    merge = AutoHfQuantizer.merge_quantization_configs
+    monkeypatch.setattr(AutoHfQuantizer, "merge_quantization_configs", staticmethod(inspect.unwrap(merge)))
 
 
 @pytest.fixture

@@ -207,3 +207,47 @@ def test_notebook(tmp_path: Path) -> None:
     sizes = (2, 128, 300, 32)
     assert totals == [gpt_bytes(*sizes, int8), gpt_bytes(*sizes, nf4_dq), gpt_bytes(*sizes, nf4_dq, int8)]
     assert "the same outputs, bit for bit: True" in text
+
+
+# ------------------------------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("way", [[], ["--trainer"]], ids=["loop", "trainer"])
+def test_finetuning(way, tmp_path):
+    """By a plain loop and by transformers' Trainer; the adapter and the merged model are there to be used."""
+    from peft import PeftModel
+
+    text = EXAMPLES.parent / "docs" / "guide.md"
+    printed = run(
+        tmp_path, "finetune.py", text, "--steps", 4, "--batch", 2, "--out", "adapter", "--merge", "merged", *way
+    )
+    before, after = map(float, re.search(r"([\d.]+) before, ([\d.]+) after", printed).groups())
+    assert after < 0.98 * before
+    merged = float(re.search(r"merged in 16 bits: ([\d.]+)", printed)[1])
+    assert abs(merged - after) < 0.01 * after
+    assert float(re.search(r"quantized again: ([\d.]+)", printed)[1]) < before
+    base = fewbits.from_pretrained(EXAMPLES.parent / "models" / "bytellama", "nf4", device_map="cpu")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    whole = fewbits.from_pretrained(tmp_path / "merged", device_map="cpu")
+    ids = torch.arange(40, 72)[None]
+    with torch.no_grad():
+        one, two = adapted(input_ids=ids).logits.float(), whole(input_ids=ids).logits.float()
+    assert (one - two).norm() < 0.05 * two.norm()  # the merged weights are rounded to bf16
+
+
+def test_qlora_learns_what_lora_learns(monkeypatch):
+    """On text of another kind than the model was trained on: within 1 % of LoRA on the unquantized model."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import finetune
+
+    training, kept = finetune.read_windows(sorted((ROOT / "src" / "fewbits").rglob("*.py")))
+    kept = kept[:24]
+    found = {}
+    for format in (None, "nf4", "int8"):
+        model = finetune.with_adapter(format, "cpu")
+        before = finetune.bits_per_byte(model, kept)
+        finetune.train(model, training, 16, 4, 3e-3)
+        found[format] = finetune.bits_per_byte(model, kept)
+        assert found[format] < 0.8 * before
+    for format in ("nf4", "int8"):
+        assert abs(found[format] - found[None]) <= 0.01 * found[None], found

@@ -42,6 +42,7 @@ FORMATS = {
 }
 # bitsandbytes says these of itself on a CPU
 pytestmark = [
+    pytest.mark.usefixtures("without_the_integration"),
     pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

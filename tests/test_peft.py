@@ -40,12 +40,6 @@ ADAPTERS = {
     ),
 }  # fmt: skip
 
-# PEFT's own use of what transformers renames
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated"),
-]
-
 
 @pytest.fixture(params=FORMATS)
 def format(request):

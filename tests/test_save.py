@@ -557,6 +557,7 @@ def test_save_pretrained_of_a_tied_and_quantized_head(tmp_path: Path) -> None:
 
 
 # bitsandbytes compiles a helper with torch.jit on its CPU path, and says what it casts
+@pytest.mark.usefixtures("without_the_integration")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("name", ["llama", "opt"])
 @pytest.mark.parametrize(

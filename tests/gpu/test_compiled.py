@@ -12,6 +12,13 @@ from torch._dynamo.utils import counters
 import fewbits
 from fewbits.inplace import dequantize
 
+# torch's own, while it compiles
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
+
 FORMATS = {"nf4": {"double_quant": True}, "int8": {"llm_int8_threshold": 6.0}}
 
 
