@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
     pytest.mark.filterwarnings("ignore:.*lru_cache.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning"),
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),  # where a program is loaded
 ]
 
@@ -36,7 +37,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
-    yield
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions, however they are compiled
+        yield
     torch._dynamo.reset()
 
 
@@ -74,6 +76,12 @@ def test_by_the_default_compiler(name, format, device):
     compiled = torch.compile(model, fullgraph=True)
     want, plain = a.run(model), dequantize(copy.deepcopy(model))
     exact = a.run(plain)
+    try:
+        a.run(compiled)
+    except torch._dynamo.exc.TorchDynamoException:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            a.run(torch.compile(plain, fullgraph=True))
+        pytest.skip(f"torch {torch.__version__} does not compile this model in full precision either")
     # fused code sums in another order; int8 may round an activation the other way, its second digit by 2^-15
     assert (a.run(compiled) - want).norm() <= max(2 * (want - exact).norm(), 1e-4 * exact.norm())
 

@@ -423,6 +423,52 @@ def test_fused_lora_in_bf16_is_as_accurate_as_pefts(autocast, format, device):
     assert max(ours) <= (2 if autocast else 4) * max(theirs)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_fused_lora_keeps_what_a_young_adapter_adds(recorded, format, device):
+    """Contributions far below half a unit in the last place of bf16: on the whole they are there.
+
+    Rounded once, a sum is off by noise without a direction. Added to what is rounded already they are lost, which is
+    what PEFT's own layer does on any weight. A checkpointed block is first run without gradients: the same numbers.
+    """
+    torch.manual_seed(0)
+    base = fewbits.quantize(
+        nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 8)).to(device), format, **FORMATS[format]
+    )
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0"])).train()
+    layer = model.base_model.model[0]
+    x = torch.randn(400, 256, device=device)
+    up = torch.randn(512, 4, device=device)
+
+    def contribution() -> float:
+        outputs = []
+        for factor in (0.0, 2e-5):
+            with torch.no_grad():
+                layer.lora_B["default"].weight.copy_(factor * up)
+            with torch.set_grad_enabled(recorded), torch.autocast(device, torch.bfloat16):
+                outputs.append(layer(x).detach().double())
+        delta = layer.scaling["default"] * (x @ layer.lora_A["default"].weight.t()) @ layer.lora_B["default"].weight.t()
+        assert delta.abs().mean() < 0.05 * outputs[0].abs().mean() * 2.0**-9
+        delta = delta.detach().double()
+        return ((outputs[1] - outputs[0]) * delta).sum().item() / delta.square().sum().item()
+
+    assert abs(contribution()) < 0.5
+    fuse_lora(model)
+    assert 0.6 < contribution() < 1.4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_fused_lora_gives_one_loss_checkpointed_or_not(reentrant, format):
+    a = ARCHITECTURES["llama"]
+    losses = []
+    for checkpointed in (False, True):
+        base = prepare(_llama(format), checkpointed, {"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        model = fuse_lora(get_peft_model(base, ADAPTERS["lora"]()).train())
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(**a.batch(), labels=a.batch()["input_ids"]).loss.item())
+    assert losses[0] == losses[1]
+
+
 def test_fused_lora_leaves_the_rest_to_peft(format):
     """DoRA, several adapters, one merged, one disabled, one with a bias: PEFT's own results, to the bit."""
     a = ARCHITECTURES["llama"]

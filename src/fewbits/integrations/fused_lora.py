@@ -71,7 +71,7 @@ class FusedLoraLinear(LoraLinear):  # type: ignore[misc]  # mypy does not follow
         x_MK = x.to(dtype).reshape(-1, x.shape[-1])
         low_MK = x_MK if low is x else low.to(dtype).reshape(-1, x.shape[-1])
         out: Tensor
-        if torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled():  # a checkpointed block is first run without gradients
             out = _Fused.apply(x_MK, low_MK, down, up, base.bias, scaling, weight)  # type: ignore[no-untyped-call]
         else:  # a few rows perhaps, for which the weight is not dequantized
             out = linear(x_MK, weight, base.bias)
