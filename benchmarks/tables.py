@@ -221,7 +221,6 @@ def offload() -> str:
 
 
 def finetune() -> str:
-    found = _load("finetune-cuda.json")
     titles = {
         "floor": "the products alone, in bf16",
         "bf16": "PEFT, bf16",
@@ -238,23 +237,19 @@ def finetune() -> str:
         return "" if value is None else f"{value:.2f}"
 
     lines = []
-    for name, title in titles.items():
-        row = found["rows"].get(name, {})
-        if "seconds" not in row:
-            continue
-        peak = f"{row['peak_bytes'] / GiB:.2f}" if "peak_bytes" in row else ""
-        losses = f"{row['losses'][0]:.3f} → {row['losses'][-1]:.3f}" if "losses" in row else ""
-        step = f"{row['seconds'] * 1e3:.0f}"
-        lines.append((title, step, of(row, "seconds"), peak, of(row, "peak_bytes"), losses))
-    device = found["device"].removeprefix("NVIDIA ")
-    header = (
-        f"one {device}",
-        "ms a step",
-        "of bnb's",
-        "peak, GiB",
-        "of bnb's",
-        f"loss, first and {len(row['losses'])}th",
-    )
+    for size, file in (("8.0 B", "finetune-cuda.json"), ("1.1 B", "finetune-cpu.json")):
+        found = _load(file)
+        cuda = file == "finetune-cuda.json"
+        where = f"{size}, one {found['device'].split()[1]}" if cuda else f"{size}, {found['threads']} CPU cores"
+        for name, title in titles.items():
+            row = found["rows"].get(name, {})
+            if "seconds" not in row:
+                continue
+            losses = " → ".join(f"{row['losses'][i]:.3f}" for i in (0, 2, 6, -1)) if "losses" in row else ""
+            peak = f"{row['peak_bytes'] / GiB:.2f}" if "peak_bytes" in row else ""
+            step = f"{row['seconds'] * 1e3:.0f}"
+            lines.append((f"{title} ({where})", step, of(row, "seconds"), peak, of(row, "peak_bytes"), losses))
+    header = ("LoRA", "ms a step", "of bnb's", "peak, GiB", "of bnb's", "loss: 1st, 3rd, 7th, 12th step")
     return _table(header, lines)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -75,7 +76,10 @@ def test_quantized_run_saved_and_loaded_again(name, format, tmp_path, device):
     assert model.quantization_method == "fewbits"
     assert (model.is_loaded_in_4bit, model.is_loaded_in_8bit) == (format == "nf4", format == "int8")
     assert model.num_parameters() == full.num_parameters()
-    assert model.get_memory_footprint() == own.get_memory_footprint()
+    assert model.get_memory_footprint() == sum(_stored(t) for t in [*model.parameters(), *model.buffers()])
+    assert model.get_memory_footprint() < full.get_memory_footprint()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.get_memory_footprint() == model.get_memory_footprint()
 
     model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     recorded = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
@@ -264,6 +268,7 @@ def test_the_plain_model_again(tmp_path, device):
     torch.testing.assert_close(a.run(plain), out, rtol=1e-4, atol=1e-4)
     assert not hasattr(plain.config, "quantization_config")
     assert not plain.is_loaded_in_4bit
+    assert plain.get_memory_footprint() == sum(t.nbytes for t in [*plain.parameters(), *plain.buffers()])
     plain.save_pretrained(tmp_path / "plain")
     assert torch.equal(a.run(_load(a.kind, tmp_path / "plain", device=device)), a.run(plain))
 
@@ -278,6 +283,29 @@ def test_counting_parameters_without_bitsandbytes(monkeypatch):
     for kwargs in ({}, {"exclude_embeddings": True}):
         assert model.num_parameters(**kwargs) == full.num_parameters(**kwargs)
     assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_transformers_own_adapters(tmp_path):
+    """``add_adapter`` and ``load_adapter`` of the model itself, on which fused LoRA works as well."""
+    from peft import LoraConfig
+
+    from fewbits.integrations.peft import fuse_lora
+
+    a = ARCHITECTURES["llama"]
+    a.build().save_pretrained(tmp_path / "full")
+    model = _load(a.kind, tmp_path / "full", FewbitsConfig("nf4"))
+    without = a.run(model)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    out = a.run(model)
+    assert not torch.allclose(out, without, atol=1e-2)
+    torch.testing.assert_close(a.run(fuse_lora(model)), out, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    again = _load(a.kind, tmp_path / "full", FewbitsConfig("nf4"))
+    again.load_adapter(tmp_path / "adapter")
+    assert torch.equal(a.run(again), out)
+    again.disable_adapters()
+    assert torch.equal(a.run(again), without)
 
 
 def test_a_device_map_knows_the_sizes(tmp_path):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbits.errors import CheckpointNotFoundError, ConfigError, MissingDependencyError
 from fewbits.formats import FORMATS, QuantSpec
@@ -304,8 +304,8 @@ def record_config(model: nn.Module) -> None:
 def mark_quantized(model: Any) -> None:
     """Set ``is_loaded_in_4bit`` and ``is_loaded_in_8bit``, of which one is true for a quantized model.
 
-    transformers then imports bitsandbytes to count parameters, ours among them; where it is not installed, the model
-    gets a method that counts without.
+    A quantized model also gets methods of its own where transformers' would not count right: what it takes of memory,
+    and, since transformers imports bitsandbytes for that, its parameters where bitsandbytes is not installed.
     """
     sizes = dict.fromkeys((4, 8), 0)
     for p in model.parameters():
@@ -313,12 +313,26 @@ def mark_quantized(model: Any) -> None:
             sizes[FORMATS[p.spec.format].bits] += p.numel()
     model.is_loaded_in_4bit = sizes[4] > 0 and sizes[4] >= sizes[8]
     model.is_loaded_in_8bit = sizes[8] > sizes[4]
-    if model.is_loaded_in_4bit and hasattr(model, "num_parameters") and not find_spec("bitsandbytes"):
-        model.num_parameters = MethodType(_num_parameters, model)
+    methods: dict[str, tuple[Callable[..., int], bool]] = {
+        "get_memory_footprint": (get_memory_footprint, any(sizes.values())),
+        "num_parameters": (num_parameters, model.is_loaded_in_4bit and find_spec("bitsandbytes") is None),
+    }
+    for name, (method, needed) in methods.items():
+        model.__dict__.pop(name, None)
+        if needed and hasattr(model, name):
+            setattr(model, name, partial(method, model))  # no bound method: a copy or a pickle would be of the class's
 
 
-def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """transformers' ``num_parameters``, for a model whose parameters all have their logical size."""
+def get_memory_footprint(model: nn.Module, return_buffers: bool = True) -> int:
+    """Bytes of the parameters as they are stored, scales included, and of buffers."""
+    tensors: list[Tensor] = [*model.buffers()] if return_buffers else []
+    for p in model.parameters():
+        tensors += p.inner_tensors.values() if isinstance(p, QuantTensor) else [p]
+    return sum(t.nbytes for t in tensors)
+
+
+def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """transformers' method, for a model whose parameters all have their logical size."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
     counted = (p for p in model.parameters() if (p.requires_grad or not only_trainable) and id(p) not in embeddings)
     return sum(p.numel() for p in counted)
