@@ -99,6 +99,27 @@ def test_rows_are_taken_and_joined_in_quantized_form(spec, device):
             _close(torch.bmm(x, q.transpose(1, 2)), torch.bmm(x, w.transpose(1, 2)), spec, x, w.flatten(0, 1))
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+def test_rows_by_experts(spec, transposed, device):
+    """A grouped product takes each expert's rows to its part of the stack, and reads no other; its gradient as well."""
+    torch.manual_seed(0)
+    stack = QuantTensor.quantize(torch.randn(5, 128, 64, device=device), spec, label="experts")
+    weight = stack.transpose(1, 2) if transposed else stack
+    w = weight.dequantize()
+    ends = torch.tensor([3, 3, 10, 11, 17], dtype=torch.int32, device=device)  # the second has no rows
+    x = torch.randn(17, weight.shape[1], device=device, requires_grad=True)
+    g = torch.randn(17, weight.shape[2], device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FewbitsWarning)
+        out = torch._grouped_mm(x, weight, offs=ends)
+        out.backward(g)
+    owner = torch.tensor([0] * 3 + [2] * 7 + [3] + [4] * 6, device=device)
+    exact = torch.einsum("tk,tkn->tn", x.detach().double(), w.double()[owner])
+    gradient = torch.einsum("tn,tkn->tk", g.double(), w.double()[owner])
+    torch.testing.assert_close(out.double(), exact, rtol=2e-4, atol=2e-3)
+    torch.testing.assert_close(x.grad.double(), gradient, rtol=2e-4, atol=2e-3)
+
+
 def test_what_has_no_quantized_form_is_dequantized_and_said_once(spec, device):
     q = QuantTensor.quantize(torch.randn(33, 70, device=device), spec, label="block.weight")
     w = q.dequantize()

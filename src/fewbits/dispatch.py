@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.formats import QuantSpec, plain_scales, rows_align
+from fewbits.kernels import undisturbed
 from fewbits.tensor import QuantTensor, embedding, linear, linear_t
 
 aten = torch.ops.aten
@@ -27,7 +28,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one aten operation that has a ``QuantTensor`` among its arguments."""
     rule = RULES.get(func)
     if rule is not None:
-        result = rule(*args, **kwargs)
+        with torch.no_grad():  # autograd has recorded the operation already
+            result = rule(*args, **kwargs)
         if result is not NotImplemented:
             return result
     if func._schema.is_mutable and isinstance(args[0], QuantTensor):
@@ -212,6 +214,31 @@ def _bmm(x: Tensor, weight: Any) -> Any:
     if not _is_weight(weight, 3) or isinstance(x, QuantTensor) or not rows_align(weight.spec, weight.stored_shape):
         return NotImplemented
     return torch.stack([_mm(x[i], weight[i]) for i in range(weight.shape[0])])
+
+
+@_rule(aten._grouped_mm.default)
+def _grouped_mm(
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: torch.dtype | None = None
+) -> Any:
+    """Rows of x, sorted by expert, times a stack of experts: only the experts that have rows are read.
+
+    How many each has is read from ``offs``, for which the host waits; where it may not (while a graph is captured or
+    code traced) there is no quantized form.
+    """
+    if not (_is_weight(weight, 3) and offs is not None and bias is None and out_dtype in (None, x.dtype)):
+        return NotImplemented
+    if not (undisturbed(x) and x.dim() == 2 and rows_align(weight.spec, weight.stored_shape)):
+        return NotImplemented
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return NotImplemented
+    experts = _rows(weight, lambda t: t)  # their scales decoded once
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        if end > start:
+            out[start:end] = _mm(x[start:end], _select(experts, 0, expert))
+        start = end
+    return out
 
 
 @_rule(aten.embedding.default)
