@@ -23,7 +23,7 @@ from torch import nn
 
 import fewbits
 import fewbits.hf
-from fewbits.errors import CheckpointError, ConfigError, FewbitsWarning, UnsupportedError
+from fewbits.errors import CheckpointError, ConfigError, FewbitsError, FewbitsWarning, UnsupportedError
 from fewbits.inplace import dequantize
 from fewbits.integrations.transformers import FewbitsConfig
 from fewbits.modules import QuantLinear
@@ -417,11 +417,13 @@ def test_a_damaged_quantized_checkpoint(tmp_path):
     for key, value in {
         f"{part}.quant_state.bitsandbytes__nf4": torch.tensor([123, 125], dtype=torch.uint8),
         f"{part}.absmax": state[f"{part}.absmax"][:-1].clone(),
+        f"{part}.absmax ": state[f"{part}.absmax"] * float("inf"),
         f"{part}.quant_map": state[f"{part}.quant_map"] * 2,
     }.items():
-        save_file({**state, key: value}, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=r"up_proj\.weight"):
+        save_file({**state, key.strip(): value}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(FewbitsError, match=r"up_proj\.weight") as raised:
             _load(a.kind, tmp_path)
+        assert raised.value.file == str(tmp_path / "model.safetensors")
     save_file({k: v for k, v in state.items() if k != f"{part}.absmax"}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="lacks its absmax"):
         _load(a.kind, tmp_path)

@@ -38,7 +38,7 @@ from fewbits.modules import install, quantize_parameter, stores_transposed
 from fewbits.place import check_values
 from fewbits.statedict import Group, decode
 from fewbits.storage import Storage, choose_storage
-from fewbits.tensor import QuantTensor
+from fewbits.tensor import QuantTensor, not_finite, scales_finite
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter, build_glob_alternation
@@ -190,7 +190,6 @@ class FewbitsHfQuantizer(HfQuantizer):  # type: ignore[misc]
             for path, source in self.stored.items():
                 assert source.spec is not None
                 self.storage[path] = Storage(replace(source.spec, **settings), self.dtype)
-                _store_meta_as(model, path, source)
             return model
         kept = _kept_in_fp32(model, self.dtype)
         storage = choose_storage(model, config)
@@ -325,6 +324,8 @@ class _Deserialize(ConversionOps):  # type: ignore[misc]
             dtype = place.dtype or model.dtype
             value = decode(group, tensors, dtype, label=full_layer_name, threshold=place.spec.threshold)
             value.spec = replace(value.spec, compute_dtype=place.spec.compute_dtype)
+            if not bool(scales_finite(value)):
+                raise not_finite(full_layer_name, value.spec)
             value = value.relabelled(dtype)
             return {name: _as_parameter(value.t() if stores_transposed(module, name) else value)}
         except FewbitsError as error:
@@ -379,6 +380,7 @@ def _stored_in(model: nn.Module, files: Iterable[str]) -> dict[str, Source]:
         path = next((p for p in (renamed, prefix + renamed, renamed.removeprefix(prefix)) if p in parameters), None)
         if path is not None:
             found[path] = source
+            _store_meta_as(model, path, tensors[source.group.keys["weight"]].dtype)
         elif is_converted(model, [name]):
             raise CheckpointError(
                 f"the checkpoint holds a quantized tensor that {type(model).__name__} keeps as part of another one",
@@ -402,15 +404,9 @@ def _touches_quantized(conversion: Any, model: nn.Module) -> bool:
     return any(reverse.rename_source_key(name)[1] is not None for name in quantized)
 
 
-def _store_meta_as(model: nn.Module, path: str, source: Source) -> None:
+def _store_meta_as(model: nn.Module, path: str, stored: torch.dtype) -> None:
     """Give the empty parameter the dtype that its bytes are stored in, so that transformers does not cast them."""
-    stored = _stored_dtype(source)
     module, name = _owner(model, path)
     old = module._parameters[name]
     if old is not None and stored.is_floating_point and stored != old.dtype:  # quant_storage: bytes under another dtype
         module._parameters[name] = nn.Parameter(torch.empty(old.shape, dtype=stored, device="meta"), False)
-
-
-def _stored_dtype(source: Source) -> torch.dtype:
-    tensors, _ = open_file(source.file)
-    return tensors[source.group.keys["weight"]].dtype
