@@ -87,8 +87,8 @@ def train_with_trainer(model: Any, windows: Tensor, steps: int, batch: int, rate
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
     )  # fmt: skip
     data = [{"input_ids": window, "labels": window} for window in windows]
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)  # type: ignore[arg-type]  # a list is one
-    trainer.log = lambda *_, **__: None  # type: ignore[method-assign]  # what is printed here is printed at the end
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.log = lambda *_, **__: None  # what is to be seen is printed at the end
     result = trainer.train()
     return [result.training_loss]
 

@@ -7,69 +7,31 @@ weight that it stands for, forwards and backwards, up to the rounding of sums.
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import ADAPTERS, FORMATS, gradients, limit, llama, on_dequantized, quantized, relative
 from architectures import ARCHITECTURES
-from peft import IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fewbits
 from fewbits.errors import ConfigError
 from fewbits.formats import dequantize_inner, quantize_inner
-from fewbits.inplace import dequantize
-from fewbits.integrations.peft import FusedLoraLinear, as_plain, fuse_lora, merge_and_unload
+from fewbits.integrations.peft import as_plain, fuse_lora, merge_and_unload
 from fewbits.integrations.peft import prepare_model_for_kbit_training as prepare
 from fewbits.modules import QuantLinear
 from fewbits.tensor import QuantTensor
 from models import GPT, same_tensors
 
-FORMATS = {"nf4": {"double_quant": True}, "fp4": {}, "int8": {}}
-ADAPTERS = {
-    "lora": lambda **k: LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **{"target_modules": "all-linear", **k}),
-    "dora": lambda **k: LoraConfig(
-        r=4, use_dora=True, init_lora_weights=False, **{"target_modules": "all-linear", **k}
-    ),
-    "ia3": lambda target_modules=("k_proj", "v_proj", "down_proj"): IA3Config(
-        target_modules=[*target_modules], feedforward_modules=[target_modules[-1]], init_ia3_weights=False
-    ),
-}  # fmt: skip
-
 
 @pytest.fixture(params=FORMATS)
 def format(request):
     return request.param
-
-
-def _llama(format: str, device: str = "cpu", seed: int = 0):
-    return fewbits.quantize(ARCHITECTURES["llama"].build(seed).to(device), format, **FORMATS[format])
-
-
-def _on_dequantized(model: nn.Module) -> nn.Module:
-    """A copy whose base weights are plain, with the same adapters."""
-    twin = copy.deepcopy(model)
-    dequantize(twin.base_model.model)
-    return twin
-
-
-def _gradients(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
-def _limit(format: str) -> float:
-    """fp32 sums in another order; int8's two digits keep 16 bits of the activations (2^-15 at each of 14 layers)."""
-    return 14 * 2.0**-15 if format == "int8" else 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- computing
@@ -80,15 +42,15 @@ def test_outputs_and_gradients_are_those_on_the_dequantized_model(adapter, forma
     a = ARCHITECTURES["llama"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", fewbits.FewbitsWarning)
-        model = get_peft_model(_llama(format, device), ADAPTERS[adapter]())
-        plain = _on_dequantized(model)
+        model = get_peft_model(llama(format, device), ADAPTERS[adapter]())
+        plain = on_dequantized(model)
         inputs = {k: v.to(device) for k, v in a.batch().items()}
-        got, want = _gradients(model, inputs), _gradients(plain, inputs)
-        assert _relative(a.run(model.eval()), a.run(plain.eval())) <= _limit(format)
+        got, want = gradients(model, inputs), gradients(plain, inputs)
+        assert relative(a.run(model.eval()), a.run(plain.eval())) <= limit(format)
     assert len(got) >= 6
     for name, gradient in got.items():
         assert gradient.norm() > 0, name
-        assert _relative(gradient, want[name]) <= 4 * _limit(format), name
+        assert relative(gradient, want[name]) <= 4 * limit(format), name
 
 
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
@@ -96,7 +58,7 @@ def test_on_a_module_that_is_not_transformers(adapter, format, device):
     torch.manual_seed(0)
     base = fewbits.quantize(GPT().to(device), format, **FORMATS[format])
     model = get_peft_model(base, ADAPTERS[adapter](target_modules=["c_attn", "c_fc", "c_proj"]))
-    plain = _on_dequantized(model)
+    plain = on_dequantized(model)
     ids = torch.arange(20, device=device).remainder(50).view(2, 10)
     gradients = []
     for one in (model, plain):
@@ -104,11 +66,11 @@ def test_on_a_module_that_is_not_transformers(adapter, format, device):
         gradients.append({n: p.grad for n, p in one.named_parameters() if p.requires_grad})
     assert gradients[0]
     for name, gradient in gradients[0].items():
-        assert _relative(gradient, gradients[1][name]) <= 8 * _limit(format), name
+        assert relative(gradient, gradients[1][name]) <= 8 * limit(format), name
 
 
 def test_all_linear_means_every_linear_layer_but_the_head(format):
-    model = get_peft_model(_llama(format), ADAPTERS["lora"]())
+    model = get_peft_model(llama(format), ADAPTERS["lora"]())
     tuned = {name for name, m in model.named_modules() if hasattr(m, "base_layer")}
     quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert {f"{name}.base_layer" for name in tuned} == quantized
@@ -121,33 +83,29 @@ def test_prepared_for_training_with_checkpointing(format, reentrant, device):
     a = ARCHITECTURES["llama"]
     inputs = {k: v.to(device) for k, v in a.batch().items()}
     config = ADAPTERS["lora"]
-    plain = _llama(format, device)
+    plain = llama(format, device)
     torch.manual_seed(0)
-    want = _gradients(get_peft_model(plain, config()).train(), inputs)
+    want = gradients(get_peft_model(plain, config()).train(), inputs)
     base = prepare_model_for_kbit_training(
-        _llama(format, device), gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        llama(format, device), gradient_checkpointing_kwargs={"use_reentrant": reentrant}
     )
     assert base.model.gradient_checkpointing
     assert not any(p.requires_grad for p in base.parameters())
     torch.manual_seed(0)
-    got = _gradients(get_peft_model(base, config()).train(), inputs)
+    got = gradients(get_peft_model(base, config()).train(), inputs)
     assert got.keys() == want.keys()
     for name in want:
-        assert _relative(got[name], want[name]) <= 1e-5, name
+        assert relative(got[name], want[name]) <= 1e-5, name
 
 
 def test_preparing_a_model_in_16_bits(format):
     """PEFT casts what is not quantized to fp32; the bytes of what is stay."""
-    base = _llama(format).to(torch.bfloat16)
-    before = {n: {k: t.clone() for k, t in p.inner_tensors.items()} for n, p in _quantized(base).items()}
+    base = llama(format).to(torch.bfloat16)
+    before = {n: {k: t.clone() for k, t in p.inner_tensors.items()} for n, p in quantized(base).items()}
     prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    for name, p in _quantized(base).items():
+    for name, p in quantized(base).items():
         assert all(torch.equal(t, before[name][k]) for k, t in p.inner_tensors.items())
     assert {p.dtype for p in base.parameters() if not isinstance(p, QuantTensor)} == {torch.float32}
-
-
-def _quantized(model: nn.Module) -> dict[str, QuantTensor]:
-    return {name: p for name, p in model.named_parameters() if isinstance(p, QuantTensor)}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
@@ -168,7 +126,7 @@ def test_prepared_in_less_memory(name, format, device):
         model = get_peft_model(base, ADAPTERS["lora"](fan_in_fan_out=name == "gpt2")).eval()  # no dropout of its own
         model.base_model.model.train(name != "gpt2")
         with torch.autocast(device, torch.bfloat16):
-            got = _gradients(model, inputs)
+            got = gradients(model, inputs)
             outputs = model(**inputs).logits
         found.append((size, halves, got, outputs))
     (their_size, their_halves, want, expected), (size, halves, got, outputs) = found
@@ -235,39 +193,39 @@ def test_preparing_a_module_that_is_not_transformers(format):
 def test_several_adapters_and_mixed_ones(format):
     """Two LoRAs by turns and joined, and a LoRA beside an IA³."""
     a = ARCHITECTURES["llama"]
-    model = get_peft_model(_llama(format), ADAPTERS["lora"]()).eval()
+    model = get_peft_model(llama(format), ADAPTERS["lora"]()).eval()
     model.add_adapter("second", ADAPTERS["lora"]())
     model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "joined", combination_type="cat")
-    plain = _on_dequantized(model)
+    plain = on_dequantized(model)
     outputs = []
     for name in ("default", "second", "joined"):
         model.set_adapter(name)
         plain.set_adapter(name)
         outputs.append(a.run(model))
-        assert _relative(outputs[-1], a.run(plain)) <= _limit(format)
-    assert _relative(outputs[0], outputs[1]) > 0.01
+        assert relative(outputs[-1], a.run(plain)) <= limit(format)
+    assert relative(outputs[0], outputs[1]) > 0.01
     with model.disable_adapter():
-        assert torch.equal(a.run(model), a.run(_llama(format)))
+        assert torch.equal(a.run(model), a.run(llama(format)))
 
     torch.manual_seed(0)
-    base = _llama(format)
+    base = llama(format)
     with as_plain(base):
         mixed = get_peft_model(base, ADAPTERS["lora"](), mixed=True).eval()
         assert isinstance(mixed, PeftMixedModel)
         mixed.add_adapter("hada", peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"], init_weights=False))
     assert base.is_loaded_in_4bit or base.is_loaded_in_8bit
     mixed.set_adapter(["default", "hada"])
-    plain = _on_dequantized(mixed)
-    assert _relative(a.run(mixed), a.run(plain)) <= _limit(format)
+    plain = on_dequantized(mixed)
+    assert relative(a.run(mixed), a.run(plain)) <= limit(format)
 
 
 def test_saved_and_loaded_again(format, tmp_path, device):
     a = ARCHITECTURES["llama"]
-    model = get_peft_model(_llama(format, device), ADAPTERS["lora"]()).eval()
+    model = get_peft_model(llama(format, device), ADAPTERS["lora"]()).eval()
     want = a.run(model)
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
-    again = PeftModel.from_pretrained(_llama(format, device), tmp_path).eval()
+    again = PeftModel.from_pretrained(llama(format, device), tmp_path).eval()
     assert torch.equal(a.run(again), want)
 
 
@@ -277,9 +235,9 @@ def test_saved_and_loaded_again(format, tmp_path, device):
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
 def test_a_merged_weight_is_the_sum_quantized_again(adapter, safe, format, device):
-    model = get_peft_model(_llama(format, device), ADAPTERS[adapter]()).eval()
-    truth = _on_dequantized(model).merge_and_unload()
-    specs = {n.replace(".base_layer", ""): p.spec for n, p in _quantized(model.base_model.model).items()}
+    model = get_peft_model(llama(format, device), ADAPTERS[adapter]()).eval()
+    truth = on_dequantized(model).merge_and_unload()
+    specs = {n.replace(".base_layer", ""): p.spec for n, p in quantized(model.base_model.model).items()}
     if adapter == "ia3":
         with pytest.raises(ValueError, match="Cannot merge ia3 layers when the model is loaded in"):
             copy.deepcopy(model).merge_and_unload()
@@ -289,9 +247,9 @@ def test_a_merged_weight_is_the_sum_quantized_again(adapter, safe, format, devic
     else:  # by PEFT's own function, the same bytes
         theirs = copy.deepcopy(model).merge_and_unload(safe_merge=safe)
     merged = merge_and_unload(model, safe_merge=safe)
-    before = _quantized(_llama(format, device))
+    before = quantized(llama(format, device))
     changed = 0
-    for name, p in _quantized(merged).items():
+    for name, p in quantized(merged).items():
         assert torch.equal(p, theirs.get_parameter(name))
         if adapter == "ia3" and not name.endswith(("k_proj.weight", "v_proj.weight", "down_proj.weight")):
             assert torch.equal(p, before[name])
@@ -312,9 +270,9 @@ def test_a_merged_weight_is_the_sum_quantized_again(adapter, safe, format, devic
 @pytest.mark.parametrize("adapter", list(ADAPTERS))
 def test_merged_weights_kept_in_16_bits(adapter, dtype, format, tmp_path):
     a = ARCHITECTURES["llama"]
-    base = _llama(format).to(dtype)
+    base = llama(format).to(dtype)
     model = get_peft_model(base, ADAPTERS[adapter]()).eval()
-    truth = _on_dequantized(copy.deepcopy(model).float()).merge_and_unload()
+    truth = on_dequantized(copy.deepcopy(model).float()).merge_and_unload()
     tuned = {n.replace("base_model.model.", "") for n, m in model.named_modules() if hasattr(m, "base_layer")}
     unmerged = a.run(model)
     merged = merge_and_unload(model, dtype=dtype)
@@ -330,19 +288,19 @@ def test_merged_weights_kept_in_16_bits(adapter, dtype, format, tmp_path):
     assert {p.dtype for p in merged.parameters()} == {dtype}
     assert torch.isfinite(a.run(merged)).all()
     if dtype is torch.float32:
-        assert _relative(a.run(merged), unmerged) <= _limit(format)
+        assert relative(a.run(merged), unmerged) <= limit(format)
     fewbits.save(merged, tmp_path)
     assert same_tensors(fewbits.from_pretrained(tmp_path, device_map="cpu").state_dict(), merged.state_dict())
 
 
 def test_unmerged_again(format):
     """As near to what it was as quantizing twice allows; nearer than it was moved by a large delta."""
-    model = get_peft_model(_llama(format), ADAPTERS["lora"]()).eval()
-    before = {n: p.dequantize() for n, p in _quantized(model).items()}
+    model = get_peft_model(llama(format), ADAPTERS["lora"]()).eval()
+    before = {n: p.dequantize() for n, p in quantized(model).items()}
     model.merge_adapter()
-    between = {n: p.dequantize() for n, p in _quantized(model).items()}
+    between = {n: p.dequantize() for n, p in quantized(model).items()}
     model.unmerge_adapter()
-    for name, p in _quantized(model).items():
+    for name, p in quantized(model).items():
         moved, left = (between[name] - before[name]).norm(), (p.dequantize() - before[name]).norm()
         assert moved > 0
         assert left < 0.5 * moved if format == "int8" else left < moved
@@ -357,193 +315,10 @@ def test_merging_into_a_module_that_is_not_transformers(format):
         want = model(ids)
         merged = merge_and_unload(model, dtype=torch.float32)
         assert merged is base
-        assert _relative(merged(ids), want) <= _limit(format)
+        assert relative(merged(ids), want) <= limit(format)
     kinds = {n.rsplit(".", 1)[-1]: isinstance(m.weight, QuantTensor) for n, m in base.named_modules()
              if isinstance(m, nn.Linear)}  # fmt: skip
     assert kinds == {"c_attn": True, "c_proj": True, "c_fc": False, "lm_head": False}
-
-
-# ------------------------------------------------------------------------------------------------- fused LoRA
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_fused_lora_is_pefts_in_fp32(name, dropout, format, device):
-    a = ARCHITECTURES[name]
-    base = fewbits.quantize(a.build().to(device), format, **FORMATS[format])
-    config = ADAPTERS["lora"](lora_dropout=dropout, fan_in_fan_out=name == "gpt2")
-    model = get_peft_model(base, config).train()
-    for module in base.modules():
-        if isinstance(module, nn.Dropout) and module.p == 0.1:
-            module.p = 0.0  # of the model itself: random numbers are drawn in the same order then
-    inputs = {k: v.to(device) for k, v in a.batch().items()}
-    torch.manual_seed(1)
-    want, expected = _gradients(model, inputs), a.run(model.eval())
-    keys = [*model.state_dict()]
-    assert fuse_lora(model.train()) is model
-    assert [*model.state_dict()] == keys
-    fused = [m for m in model.modules() if type(m) is FusedLoraLinear]
-    assert len(fused) == len(_quantized(model))
-    torch.manual_seed(1)
-    got = _gradients(model, inputs)
-    assert got.keys() == want.keys()
-    for key in want:  # fp32 sums in another order; of int8, without what rounding x to two digits costs
-        assert _relative(got[key], want[key]) <= max(1e-4, 4 * _limit(format)), key
-    assert _relative(a.run(model.eval()), expected) <= max(1e-5, _limit(format))
-    if not dropout:
-        truth = _gradients(_on_dequantized(model), inputs)
-        for key in want:
-            assert _relative(got[key], truth[key]) <= 1e-4, key
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-def test_fused_lora_in_bf16_is_as_accurate_as_pefts(autocast, format, device):
-    """Both against fp32: what differs is where 16-bit numbers are rounded."""
-    a = ARCHITECTURES["llama"]
-    inputs = {k: v.to(device) for k, v in a.batch().items()}
-    exact = get_peft_model(_llama(format, device), ADAPTERS["lora"]())
-    truth = _gradients(_on_dequantized(exact), inputs)
-    model = copy.deepcopy(exact)
-    if not autocast:
-        for module in [*model.modules()]:
-            for key, p in module._parameters.items():
-                if p is not None and "lora" not in key and not p.requires_grad:
-                    module._parameters[key] = p.to(torch.bfloat16)
-
-    def errors() -> list[float]:
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            got = _gradients(model, inputs)
-        return [_relative(got[key], truth[key]) for key in truth]
-
-    theirs = errors()
-    fuse_lora(model)
-    ours = errors()
-    # under autocast PEFT rounds the same things; without, it computes the adapter in fp32
-    assert sum(ours) <= (1.25 if autocast else 2) * sum(theirs)
-    assert max(ours) <= (2 if autocast else 4) * max(theirs)
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-def test_fused_lora_keeps_what_a_young_adapter_adds(recorded, format, device):
-    """Contributions far below half a unit in the last place of bf16: on the whole they are there.
-
-    Rounded once, a sum is off by noise without a direction. Added to what is rounded already they are lost, which is
-    what PEFT's own layer does on any weight. A checkpointed block is first run without gradients: the same numbers.
-    """
-    torch.manual_seed(0)
-    base = fewbits.quantize(
-        nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 8)).to(device), format, **FORMATS[format]
-    )
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["0"])).train()
-    layer = model.base_model.model[0]
-    x = torch.randn(400, 256, device=device)
-    up = torch.randn(512, 4, device=device)
-
-    def contribution() -> float:
-        outputs = []
-        for factor in (0.0, 2e-5):
-            with torch.no_grad():
-                layer.lora_B["default"].weight.copy_(factor * up)
-            with torch.set_grad_enabled(recorded), torch.autocast(device, torch.bfloat16):
-                outputs.append(layer(x).detach().double())
-        delta = layer.scaling["default"] * (x @ layer.lora_A["default"].weight.t()) @ layer.lora_B["default"].weight.t()
-        assert delta.abs().mean() < 0.05 * outputs[0].abs().mean() * 2.0**-9
-        delta = delta.detach().double()
-        return ((outputs[1] - outputs[0]) * delta).sum().item() / delta.square().sum().item()
-
-    assert abs(contribution()) < 0.5
-    fuse_lora(model)
-    assert 0.6 < contribution() < 1.4
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_fused_lora_gives_one_loss_checkpointed_or_not(reentrant, format):
-    a = ARCHITECTURES["llama"]
-    losses = []
-    for checkpointed in (False, True):
-        base = prepare(_llama(format), checkpointed, {"use_reentrant": reentrant})
-        torch.manual_seed(0)
-        model = fuse_lora(get_peft_model(base, ADAPTERS["lora"]()).train())
-        with torch.autocast("cpu", torch.bfloat16):
-            losses.append(model(**a.batch(), labels=a.batch()["input_ids"]).loss.item())
-    assert losses[0] == losses[1]
-
-
-def test_fused_lora_leaves_the_rest_to_peft(format):
-    """DoRA, several adapters, one merged, one disabled, one with a bias: PEFT's own results, to the bit."""
-    a = ARCHITECTURES["llama"]
-
-    def both(config, change=lambda m: None):
-        torch.manual_seed(0)
-        model = get_peft_model(_llama(format), config).eval()
-        change(model)
-        want = a.run(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.equal(a.run(fuse_lora(model)), want)
-
-    def two(model):
-        model.add_adapter("second", ADAPTERS["lora"]())
-        model.base_model.set_adapter(["default", "second"])
-
-    both(ADAPTERS["dora"]())
-    both(ADAPTERS["lora"](), two)
-    both(ADAPTERS["lora"](), lambda m: m.merge_adapter())
-    both(ADAPTERS["lora"](), lambda m: m.base_model.disable_adapter_layers())
-    torch.manual_seed(0)
-    opt = fewbits.quantize(ARCHITECTURES["opt"].build(), format, **FORMATS[format])
-    model = get_peft_model(opt, ADAPTERS["lora"](target_modules=["q_proj"], lora_bias=True)).eval()
-    want = ARCHITECTURES["opt"].run(model)
-    assert torch.equal(ARCHITECTURES["opt"].run(fuse_lora(model)), want)
-
-
-def test_fused_lora_saves_less_for_backward(format):
-    """What autograd keeps of a layer: the input in the product's dtype and r numbers a row."""
-    base = fewbits.quantize(nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 8)), format, **FORMATS[format])
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0"]))
-    x = torch.randn(50, 64, requires_grad=True)
-    parts = [t for p in model.parameters() for t in getattr(p, "inner_tensors", {"": p}).values()]
-    own = {t.untyped_storage()._cdata for t in parts}
-    layer = model.base_model.model[0]
-
-    def kept() -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in own:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-            held = layer(x)
-        assert held.dtype is torch.bfloat16
-        gc.collect()
-        return sum(sizes.values())
-
-    theirs = kept()
-    fuse_lora(model)
-    ours = kept()
-    weights = 2 * 4 * (64 + 96)  # of the adapter, cast
-    assert ours <= 2 * 50 * (64 + 4) + weights
-    assert ours < theirs
-
-
-def test_fused_lora_trains_offloaded_parts(tmp_path):
-    """Half of the model streams from disk; gradients are those of the same model in memory."""
-    a = ARCHITECTURES["llama"]
-    fewbits.save(_llama("nf4"), tmp_path)
-    places = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu",
-              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
-    config = ADAPTERS["lora"](target_modules=["q_proj", "down_proj"])
-    grads = []
-    for device_map in ("cpu", places):
-        torch.manual_seed(0)
-        model = get_peft_model(fewbits.from_pretrained(tmp_path, device_map=device_map), config)
-        fuse_lora(model)
-        grads.append(_gradients(model, a.batch()))
-    for name, want in grads[0].items():
-        torch.testing.assert_close(grads[1][name], want, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -551,15 +326,15 @@ def test_fused_lora_trains_offloaded_parts(tmp_path):
 
 def test_what_cannot_be_merged_or_fused(format):
     with pytest.raises(ConfigError, match="has no adapters to merge"):
-        merge_and_unload(_llama(format))
+        merge_and_unload(llama(format))
     with pytest.raises(ConfigError, match="no LoRA layer on a quantized linear layer"):
-        fuse_lora(_llama(format))
+        fuse_lora(llama(format))
     with pytest.raises(ConfigError, match="no LoRA layer on a quantized linear layer"):
         fuse_lora(get_peft_model(ARCHITECTURES["llama"].build(), ADAPTERS["lora"]()))
     with pytest.raises(ConfigError, match="no LoRA layer on a quantized linear layer"):
-        fuse_lora(get_peft_model(_llama(format), ADAPTERS["ia3"]()))
-    model = get_peft_model(_llama(format), ADAPTERS["lora"]())
-    before = {n: p.dequantize() for n, p in _quantized(model).items()}
+        fuse_lora(get_peft_model(llama(format), ADAPTERS["ia3"]()))
+    model = get_peft_model(llama(format), ADAPTERS["lora"]())
+    before = {n: p.dequantize() for n, p in quantized(model).items()}
     with pytest.raises(ConfigError, match=r"dtype is torch\.int8"):
         merge_and_unload(model, dtype=torch.int8)
     with torch.no_grad():
@@ -567,12 +342,12 @@ def test_what_cannot_be_merged_or_fused(format):
     with pytest.raises(ValueError, match=r"NaNs|NaN or infinite"):
         merge_and_unload(model, safe_merge=True)
     first = next(iter(before))
-    assert torch.equal(_quantized(model)[first].dequantize(), before[first]), "the weight is as it was"
+    assert torch.equal(quantized(model)[first].dequantize(), before[first]), "the weight is as it was"
 
 
 def test_an_adapter_of_another_base(format, tmp_path):
     """PEFT's own errors, which name the layers; the base model's bytes stay."""
-    get_peft_model(_llama(format), ADAPTERS["lora"]()).save_pretrained(tmp_path)
+    get_peft_model(llama(format), ADAPTERS["lora"]()).save_pretrained(tmp_path)
     other = fewbits.quantize(ARCHITECTURES["gpt2"].build(), format, **FORMATS[format])
     before = {k: v.clone() for k, v in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"Target modules .* not found in the base model"):
