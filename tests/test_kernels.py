@@ -235,6 +235,16 @@ def test_autocast(device):
     assert torch.equal(out, linear(x.bfloat16(), q, bias))
 
 
+def test_a_compute_dtype_goes_before_autocast(device):
+    """As with bitsandbytes: an fp32 input gets an fp32 result, to which an adapter can add what bf16 would lose."""
+    q, x, bias = _case(QuantSpec("nf4", compute_dtype=torch.bfloat16), (32, 64), torch.float32, device)
+    with torch.autocast(device, torch.bfloat16):
+        out = linear(x, q, bias)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, linear(x, q, bias))
+    assert torch.equal(out, linear(x.bfloat16(), q, bias).float())
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ConfigError, match="reference"):
         kernels.force_backend("fast")

@@ -256,19 +256,20 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
     """``x @ weight.T + bias`` on the quantized operator; differentiable in ``x`` and ``bias``.
 
     Args:
-        x: [..., K], fp32, fp16 or bf16; under autocast it is cast as ``F.linear`` would.
+        x: [..., K], fp32, fp16 or bf16; under autocast it is cast as ``F.linear`` would, unless the weight has a
+            ``compute_dtype``: then to that, and the result back, as bitsandbytes does.
         weight: stored as [N, K] (a ``transposed`` view is one to the same bytes, and makes no difference).
         bias: [N] or ``None``.
 
     Returns:
-        [..., N] in the dtype of (the autocast) ``x``.
+        [..., N] in the dtype of ``x``, or that of autocast.
 
     Raises:
         ShapeError: ``x``'s last dimension is not K.
     """
     spec, shape = weight.spec, weight.stored_shape
     _check_width(x, shape[1], weight)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and spec.compute_dtype is None:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out: Tensor
     if spec.format == "int8":
