@@ -325,9 +325,10 @@ def test_past_the_dispatcher_and_through_it(spec):
     install(module, "weight", nn.Parameter(q, requires_grad=False))
     assert isinstance(module, QuantLinear)
     x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
-    assert not kernels.unheard(x, module.bias)  # the bias wants a gradient
+    assert kernels.undisturbed(x)
+    assert not kernels.unrecorded(x, module.bias)  # the bias wants a gradient
     with torch.no_grad():
-        assert kernels.unheard(x, module.bias)
+        assert kernels.unrecorded(x, module.bias)
         fast = module(x)
         assert torch.equal(torch.compile(module, fullgraph=True)(x), fast)
         batched = torch.func.vmap(lambda row: linear(row, q, module.bias))(x)

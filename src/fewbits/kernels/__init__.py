@@ -195,16 +195,11 @@ def unrecorded(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def unheard(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether nothing records, transforms or traces a call on these tensors: it may skip PyTorch's dispatcher.
-
-    Three passes through it and its autograd take longer than a small product on a GPU.
-    """
-    return unrecorded(x, *others) and undisturbed(x)
-
-
 def call(op: str, x: Tensor, *args: Any) -> Any:
-    """An operator past PyTorch's dispatcher; see :func:`unheard`."""
+    """An operator past PyTorch's dispatcher, three passes through which take longer than a small product on a GPU.
+
+    Only where nothing would miss it; see :func:`undisturbed` and :func:`unrecorded`.
+    """
     implementations, device_type = _implementations(op, x.device.type, _forced), x.device.type
     if not torch.is_autocast_enabled(device_type):
         return _run(implementations, x, *args)
