@@ -112,6 +112,15 @@ def _in_the_weights_dtype(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor
     return args if torch.is_autocast_enabled(x.device.type) else (x.to(module.weight.dtype), *args[1:])
 
 
+def _take_off_casts(model: nn.Module) -> None:
+    """What keeps activations in fp32, where all parameters have become one dtype."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in [*hooks.items()]:
+                if hook in (_in_fp32, _in_the_weights_dtype):
+                    del hooks[key]
+
+
 def _checkpoint_blocks(model: Any, settings: dict[str, Any]) -> None:
     if settings["use_reentrant"] and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
@@ -191,6 +200,7 @@ def merge_and_unload(
         unloaded: nn.Module = base.unload()
     if dtype is not None:
         _cast_parameters(unloaded, dtype)
+        _take_off_casts(unloaded)
     record_config(unloaded)
     return unloaded
 
