@@ -373,9 +373,11 @@ def test_what_cannot_be_merged_or_fused(format):
         merge_and_unload(model, dtype=torch.int8)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"NaNs|NaN or infinite"):
-        merge_and_unload(model, safe_merge=True)
     first = next(iter(before))
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"NaNs|NaN or infinite"):
+            merge_and_unload(model, safe_merge=True, dtype=dtype)
+        assert isinstance(model.get_parameter(first), QuantTensor)
     assert torch.equal(quantized(model)[first].dequantize(), before[first]), "the weight is as it was"
 
 

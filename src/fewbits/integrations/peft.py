@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from fewbits.errors import ConfigError, UnsupportedError
 from fewbits.hf import is_transformers_model, record_config
 from fewbits.integrations.fused_lora import FusedLoraLinear, fuse_lora
-from fewbits.modules import uninstall
+from fewbits.modules import install, uninstall
 from fewbits.offload import is_offloaded
 from fewbits.place import put
 from fewbits.storage import owners_of
@@ -88,10 +88,8 @@ def prepare_model_for_kbit_training(
         table = isinstance(module, nn.Embedding)
         for p in module.parameters(recurse=False):
             p.requires_grad_(False)
-            if not (table or name in heads or isinstance(p, QuantTensor)) and p.dtype in (
-                torch.float16,
-                torch.bfloat16,
-            ):
+            half = p.dtype in (torch.float16, torch.bfloat16)
+            if half and not (table or name in heads or isinstance(p, QuantTensor)):
                 p.data = p.data.float()
         if table:
             module.register_forward_hook(_in_fp32)
@@ -124,7 +122,7 @@ def _take_off_casts(model: nn.Module) -> None:
 def _checkpoint_blocks(model: Any, settings: dict[str, Any]) -> None:
     if settings["use_reentrant"] and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.20 on
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers
         model.activation_checkpointing_enable(settings)
     elif hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
@@ -187,14 +185,18 @@ def merge_and_unload(
         if not check_adapters_to_merge(layer, adapter_names):
             continue
         own = layer.get_base_layer()
-        weight = getattr(own, "weight", None)
+        weight: Any = getattr(own, "weight", None)
         if dtype is None or not isinstance(weight, QuantTensor):
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             continue
         with torch.no_grad():
             plain = weight.relabelled(torch.float32).dequantize().contiguous()  # not rounded to 16 bits before the sum
             uninstall(own, "weight", nn.Parameter(plain, requires_grad=False))
-            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            try:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            except Exception:
+                install(own, "weight", weight)  # type: ignore[arg-type]  # an instance, by its mark
+                raise
             own.weight.data = own.weight.data.to(dtype)  # at once: there is one in fp32 at a time
     with as_plain(model):
         unloaded: nn.Module = base.unload()
