@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 
 import fewbits
 from fewbits.inplace import dequantize
+from fewbits.kernels import cuda_plans
+from fewbits.kernels.codebooks import codebook
 
 # torch's own, while it compiles
 pytestmark = [
@@ -39,19 +41,23 @@ def _llama(format: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("rows", [1, 7, 96])
 @pytest.mark.parametrize("format", list(FORMATS))
-def test_reduce_overhead(format, rows, gpu):
+def test_reduce_overhead(format, rows, gpu, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     model = _llama(format)
     exact = dequantize(copy.deepcopy(model)).float()
+    # what kernels keep is first wanted in a graph's pool, where nothing may stay
+    monkeypatch.setattr(cuda_plans, "_counters", {})
+    for cache in (codebook, cuda_plans.values, cuda_plans.pairs):
+        cache.cache_clear()
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for seed in range(4):  # warmed up, recorded, replayed twice
         ids = torch.randint(256, (1, rows), generator=torch.Generator().manual_seed(seed)).to(gpu)
         with torch.no_grad():
             truth = exact(ids, use_cache=False).logits
-            want = model(ids, use_cache=False).logits.float()
             torch.compiler.cudagraph_mark_step_begin()
             got = compiled(ids, use_cache=False).logits.float()
+            want = model(ids, use_cache=False).logits.float()
         # compiled code rounds elsewhere, not more: within what bf16 costs the eager model, and that twice
         assert (got - truth).norm() <= 2 * (want - truth).norm()
         assert (want - truth).norm() <= 0.05 * truth.norm()

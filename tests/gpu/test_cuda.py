@@ -12,6 +12,8 @@ from torch import nn
 import fewbits
 from fewbits import homes, reader
 from fewbits.formats import QuantSpec
+from fewbits.kernels import cuda_plans
+from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.tensor import QuantTensor, embedding, linear
 
 SPECS = (QuantSpec("nf4"), QuantSpec("fp4", 128, True), QuantSpec("int8", threshold=0.0), QuantSpec("int8"))
@@ -38,6 +40,33 @@ def test_captured_in_a_graph(spec, rows, gpu):
         graph.replay()
         torch.testing.assert_close(out, linear(x, q), rtol=1e-2, atol=1e-2)
         assert torch.equal(rows_out, embedding(ids, q))
+
+
+@pytest.mark.parametrize("rows", [1, 12, 40, 150])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_tables_first_wanted_in_a_capture(spec, rows, gpu, monkeypatch):
+    """They are there before the graph first runs, and lie in no graph's pool."""
+    monkeypatch.setattr(cuda_plans, "_counters", {})
+    q = QuantTensor.quantize(torch.randn(512, 1024, device=gpu), spec)
+    x = torch.randn(rows, 1024, device=gpu, dtype=torch.bfloat16)
+    weight = q.dequantize().double()
+    torch.mm(x, x.mT)  # cuBLAS is not to be set up in a capture
+    for cache in (codebook, decision_rule, cuda_plans.values, cuda_plans.pairs, cuda_plans.buckets):
+        cache.cache_clear()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear(x, q)
+    eager = linear(x, q)
+    graph.replay()
+    truth = x.double() @ weight.mT
+    for found in (eager, out):  # bf16 rounds by 2^-9, x in 8 bits by some 0.03 / 12^0.5 of its standard deviation
+        assert (found - truth).norm() <= 0.02 * truth.norm()
+    again = linear(x, q)
+    del graph, out  # and its pool, which others then write to
+    for _ in range(4):
+        torch.full((1 << 20,), torch.nan, device=gpu)
+    assert torch.equal(linear(x, q), again)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -12,6 +12,8 @@ import functools
 
 import torch
 
+from fewbits.kernels.constants import constant
+
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -45,7 +47,7 @@ def codebook(name: str, device: torch.device) -> torch.Tensor:
     else:
         magnitudes = torch.tensor(_FP4_MAGNITUDES, dtype=torch.float32) / 12
         values = torch.cat([magnitudes, -magnitudes + 0.0])  # + 0.0: the second zero is not negative
-    return values.to(device)
+    return constant(values, device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -54,7 +56,7 @@ def decision_rule(name: str, device: torch.device) -> tuple[torch.Tensor, torch.
     values = codebook(name, torch.device("cpu"))
     order = torch.tensor(_FP4_ORDER if name == "fp4" else range(len(values)))
     ascending = values[order]
-    return ((ascending[:-1] + ascending[1:]) / 2).to(device), order.to(torch.uint8).to(device)
+    return constant((ascending[:-1] + ascending[1:]) / 2, device), constant(order.to(torch.uint8), device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,4 +67,4 @@ def pair_table(name: str, device: torch.device) -> torch.Tensor:
     """
     values = codebook(name, torch.device("cpu"))
     byte = torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).view(-1).to(device)
+    return constant(torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).view(-1), device)

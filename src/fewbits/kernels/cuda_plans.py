@@ -15,6 +15,7 @@ from torch import Tensor
 import fewbits.kernels.nvrtc as nvrtc
 from fewbits.errors import FewbitsWarning
 from fewbits.kernels.codebooks import codebook, decision_rule
+from fewbits.kernels.constants import constant
 from fewbits.kernels.nvrtc import CudaError, Kernel
 
 FEW_ROWS = 16  # of x, that decode.cu takes at most
@@ -53,7 +54,7 @@ def pairs(format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """int32 [256]: the two values of a packed byte in ``dtype``, the high nibble's in the low half."""
     values = codebook(format, torch.device("cpu")).to(dtype)
     byte = torch.arange(256)
-    return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int32).view(-1).to(device)
+    return constant(torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int32).view(-1), device)
 
 
 # With it each value of a format is nearly one of fp16: for fp4 exactly, for nf4 off by 3.2e-5 in the mean, the least of
@@ -66,7 +67,7 @@ def values(format: str, device: torch.device) -> Tensor:
     """fp32 [18]: the values of the codes, the factor above, and one over it."""
     factor = _HALF_FACTORS[format]
     values = codebook(format, torch.device("cpu"))
-    return torch.cat([values, torch.tensor([factor, 1 / factor])]).to(device)
+    return constant(torch.cat([values, torch.tensor([factor, 1 / factor])]), device)
 
 
 @functools.cache
@@ -94,7 +95,7 @@ def buckets(device: torch.device) -> Tensor:
     at = (bounds * 16).round().long() + 16
     assert len(at.unique()) == len(at), "no two bounds are in one bucket"
     buckets[at, 0] = bounds
-    return buckets.to(device)
+    return constant(buckets, device)
 
 
 # ------------------------------------------------------------------------------------------------- dequantizing
@@ -259,21 +260,17 @@ def _blocks(processors: int, tiles: int, k: int) -> int:
     return min(blocks, tiles * -(-k // 128))
 
 
-_counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
-_captured_counters: dict[tuple[int, int], tuple[int, Tensor]] = {}  # the same, of the capture that was last seen
+_counters: dict[tuple[int, int, int], Tensor] = {}  # by device, stream and capture
 
 
 def counters_for(device: torch.device, stream: int, count: int) -> Tensor:
-    """int32 zeros, which the kernels leave as zeros: only launches that follow each other may share them."""
-    index = device.index
-    capture = nvrtc.capture_id(stream)
-    if capture:  # a graph's own: it may run beside others later
-        known = _captured_counters.get((index, stream))
-        if known is None or known[0] != capture or known[1].numel() < count:
-            known = capture, torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-            _captured_counters[index, stream] = known
-        return known[1]
-    found = _counters.get((index, stream))
+    """int32 zeros, which the kernels leave as zeros: only launches that follow each other may share them.
+
+    A graph that is captured has its own: it may run beside others later.
+    """
+    key = device.index, stream, nvrtc.capture_id(stream)
+    found = _counters.get(key)
     if found is None or found.numel() < count:
-        found = _counters[index, stream] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        zeros = torch.zeros(max(1 << (count - 1).bit_length(), 1024), dtype=torch.int32)
+        found = _counters[key] = constant(zeros, device)
     return found

@@ -32,6 +32,7 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _MAX_DYNAMIC_SHARED_MEMORY = 8
 _CAPTURE_RELAXED = 2
 _PROGRAMMATIC_LAUNCH = 6
+_NON_BLOCKING = 1  # CUstream_flags
 # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _UINT8, _UINT16 = 0, 1
 _SWIZZLES = {64: 2, 128: 3}  # by bytes of a box's row; others: none
@@ -201,10 +202,8 @@ class Kernel:
         # what only this one architecture has (wgmma) is in the target with an "a"
         architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
         driver, module, self._function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-        self._context = ctypes.c_void_p()
-        with torch.cuda.device(device), _allowed_while_capturing():
-            _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device), "the device's context")
-            _check(driver.cuCtxSetCurrent(self._context), "the device's context")
+        self._context = _context(device)
+        with _on(device):
             if driver.cuModuleLoadData(ctypes.byref(module), machine_code(file, defines, architecture)):
                 code = machine_code(file, defines, architecture, fresh=True)  # what the cache held is damaged
                 _check(driver.cuModuleLoadData(ctypes.byref(module), code), f"loading {file}")
@@ -266,15 +265,58 @@ def tensor_map(
     return memory.raw[at : at + 128]
 
 
+@functools.cache
+def _context(device: int) -> ctypes.c_void_p:
+    """torch's own of this device."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "the device's context")
+    return context
+
+
 @contextlib.contextmanager
-def _allowed_while_capturing() -> Iterator[None]:
-    """Loading a module would end a capture of this thread's, which it does not belong to."""
+def _on(device: int) -> Iterator[None]:
+    """The device is the current one, and what is done there no part of a capture by this thread, which it would end."""
     mode = ctypes.c_int(_CAPTURE_RELAXED)
-    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    try:
-        yield
-    finally:
+    with torch.cuda.device(device):
+        _check(_driver().cuCtxSetCurrent(_context(device)), "the device's context")
         _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+_arenas: dict[int, tuple[int, int]] = {}  # by device: where the next piece of memory begins, and the bytes left
+_taking = threading.Lock()
+_ARENA_BYTES = 2 << 20  # the least the driver gives
+_PIECE_BYTES = 256
+
+
+def resident(source: int, nbytes: int, device: int) -> int:
+    """The address of memory on a GPU that torch's allocator does not know, with the bytes at ``source``, of the host.
+
+    They are there when it returns, for every stream, also while one is captured. The memory is never freed.
+
+    Raises:
+        CudaError: the driver has none.
+    """
+    driver, at, stream = _driver(), ctypes.c_uint64(), ctypes.c_void_p()
+    size = -(-nbytes // _PIECE_BYTES) * _PIECE_BYTES
+    with _taking, _on(device):
+        begin, left = _arenas.get(device, (0, 0))
+        if left < size:
+            _check(driver.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(max(size, _ARENA_BYTES))), "GPU memory")
+            begin, left = at.value, max(size, _ARENA_BYTES)
+        _arenas[device] = begin + size, left - size
+        # the default stream waits for others, also for one that is captured
+        _check(driver.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream")
+        try:
+            to, count = ctypes.c_uint64(begin), ctypes.c_size_t(nbytes)
+            _check(driver.cuMemcpyHtoDAsync_v2(to, ctypes.c_void_p(source), count, stream), "a copy to the GPU")
+            _check(driver.cuStreamSynchronize(stream), "a copy to the GPU")
+        finally:
+            driver.cuStreamDestroy_v2(stream)
+    return begin
 
 
 def capture_id(stream: int) -> int:
