@@ -10,6 +10,7 @@ Weights are random. What is timed, for each contender in turn in one process:
 
 * a step that decodes one token for each of B texts, with a static key-value cache, as one CUDA graph: GPU time;
 * the same for B = 1 without a graph, by the host's clock until the GPU is done;
+* the same step of the model compiled (``torch.compile``), as a graph: what is not a linear layer then takes less;
 * a prefill of 4096 tokens without a graph, with logits for the last one: GPU time.
 
 Everybody leaves the head in bf16. bitsandbytes' int8 waits for the GPU in the middle of a call when its threshold is
@@ -50,7 +51,9 @@ CACHE, POSITION = 256, 128  # tokens that the cache holds; those that are in it 
 REPLAYS, PREFILLS = 20, 5
 STD = 0.01  # of weights. With 0.02 most columns that a prefill gives to down_proj hold outliers, as in no trained model
 LEAST_COSINE = 0.98  # of the logits of the two tools' nf4
-STEPS = {"step_1": 0.6, "step_8": 0.7, "step_32": 0.9}
+STEPS = {
+    f"{kind}_{b}": bound for kind in ("step", "compiled") for b, bound in zip(BATCHES, (0.6, 0.7, 0.9), strict=True)
+}
 TARGETS: dict[str, dict[str, float]] = {  # times of bf16's, at most
     "fewbits-nf4": {**STEPS, "prefill": 1.08},
     "fewbits-int8": {**STEPS, "prefill": 1.0},
@@ -178,6 +181,12 @@ def gpu_ms(call: Callable[[], object], before: Callable[[], None], rounds: int) 
     return statistics.median(start.elapsed_time(end) for start, end in marks[2:])
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """For one batch size at a time: code for any would be slower."""
+    torch.compiler.reset()
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+
+
 def graph_ms(step: Step) -> float:
     """Median of a graph's replays; its last logits are checked."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -197,7 +206,7 @@ def graph_ms(step: Step) -> float:
         graph.reset()
 
 
-def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any]) -> Tensor | None:
+def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any], compiling: bool) -> Tensor | None:
     """Fill a row, and return the last token's logits of the prefill. What fails is noted, and the rest goes on."""
     device, cuda = str(tokens.device), tokens.is_cuda
     last: list[Tensor] = []
@@ -205,8 +214,8 @@ def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any]) -> Tensor | N
     def prefill() -> Tensor:
         return model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
 
-    def step_in_a_graph(batch: int) -> float:
-        step = Step(model, batch, device)
+    def step_in_a_graph(batch: int, make: Callable[[nn.Module], nn.Module] = lambda model: model) -> float:
+        step = Step(make(model), batch, device)
         if cuda:
             return graph_ms(step)
         check_finite(step())
@@ -226,8 +235,10 @@ def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any]) -> Tensor | N
 
     parts: dict[str, Callable[[], float]] = {f"step_{b}": lambda b=b: step_in_a_graph(b) for b in BATCHES}
     parts |= {"eager_1": eager_step, "prefill": prefills}
+    if compiling:
+        parts |= {f"compiled_{b}": lambda b=b: step_in_a_graph(b, compiled) for b in BATCHES}
     for name, part in parts.items():
-        set_threshold(model, 0.0 if name.startswith("step") else 6.0)
+        set_threshold(model, 0.0 if name.startswith(("step", "compiled")) else 6.0)
         try:
             row["ms"][name] = part()
         except Exception as error:  # a failure is a result
@@ -260,12 +271,19 @@ def compare(row: dict[str, Any], bf16: dict[str, Any] | None, rest: dict[str, An
     row["targets"] = {
         name: {"at_most": bound, "met": row["of_bf16"][name] <= bound if name in row["of_bf16"] else None}
         for name, bound in TARGETS.get(row["name"], {}).items()
+        if name in row["ms"] or name in row["errors"]
     }
+
+
+COLUMNS = {
+    **{f"step_{b}": f"step B={b}" for b in BATCHES}, "eager_1": "eager B=1", "prefill": "prefill",
+    **{f"compiled_{b}": f"compiled B={b}" for b in BATCHES},
+}  # fmt: skip
 
 
 def show(row: dict[str, Any]) -> None:
     cells = []
-    for name in (*(f"step_{b}" for b in BATCHES), "eager_1", "prefill"):
+    for name in COLUMNS:
         ms, ratio = row["ms"].get(name), row["of_bf16"].get(name)
         text = "-" if ms is None else f"{ms:.3f}" + (f" {ratio:.2f}x" if ratio is not None else "")
         if (target := row["targets"].get(name)) and target["met"] is not None:
@@ -301,8 +319,7 @@ def run(args: argparse.Namespace, result: dict[str, Any], device: str) -> None:
     tokens = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(1)).to(device)
     result |= {"layers": args.layers, "tokens": length, "cache": CACHE, "position": POSITION}
     print(f"{result['device']}, {args.layers} layers; ms, x of bf16's, and the target; weights in GiB")
-    titles = (*(f"step B={b}" for b in BATCHES), "eager B=1", f"prefill {length}")
-    print(f"{'':<13}{''.join(f'{title:>30}' for title in titles)}{'GiB':>8}{'read':>8}")
+    print(f"{'':<13}{''.join(f'{title:>30}' for title in COLUMNS.values())}{'GiB':>8}{'read':>8}")
     logits: dict[str, Tensor | None] = {}
     bf16: dict[str, Any] | None = None
     rest: dict[str, Any] | None = None
@@ -317,7 +334,8 @@ def run(args: argparse.Namespace, result: dict[str, Any], device: str) -> None:
             if device == "cuda":
                 row["weight_bytes"] = allocated() - before
                 row["read_bytes"] = row["weight_bytes"] - embeddings
-            logits[name] = measure(model, tokens, row)
+            compiling = args.compile and name != "all-else"  # whose layers a compiler drops: no result needs them
+            logits[name] = measure(model, tokens, row, compiling)
         except Exception as error:  # a failure is a result
             row["errors"]["all"] = message(error)
             if device == "cuda":
@@ -340,6 +358,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders: %(default)s")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled steps as well")
     parser.add_argument("--small", action="store_true", help="a trial on the CPU; writes nothing")
     args = parser.parse_args(argv)
     chosen = args.only.split(",")

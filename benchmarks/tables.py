@@ -138,12 +138,16 @@ _MODELS = {
 
 def decode() -> str:
     rows = {row["name"]: row for row in _load("decode-cuda.json")["rows"]}
-    parts = ("step_1", "step_8", "step_32", "eager_1", "prefill")
+    parts = ("step_1", "step_8", "step_32", "compiled_1", "compiled_8", "compiled_32", "eager_1", "prefill")
     return _table(
-        ("8 layers of Llama-3-8B's shape, one H200, ms", "step, 1 text", "8", "32", "1, without a graph",
-         "4096 tokens at once", "weights, GiB"),
+        ("8 layers of Llama-3-8B's shape, one H200, ms", "step, 1 text", "8", "32", "compiled, 1 text", "8", "32",
+         "1, without a graph", "4096 tokens at once", "weights, GiB"),
         (
-            (title, *(f"{rows[name]['ms'][part]:.2f}" for part in parts), f"{rows[name]['weight_bytes'] / GiB:.2f}")
+            (
+                title,
+                *("" if (ms := rows[name]["ms"].get(part)) is None else f"{ms:.2f}" for part in parts),
+                f"{rows[name]['weight_bytes'] / GiB:.2f}",
+            )
             for name, title in _MODELS.items()
         ),
     )  # fmt: skip

@@ -50,9 +50,9 @@ def test_importing_costs_little_and_touches_no_gpu():
 def test_layers_import_only_what_stands_below_them():
     """A module's place in this list is its layer; it imports nothing that stands after it."""
     layers = [
-        "errors", "partition", "memory", "kernels.codebooks", "kernels.reference", "kernels.pieces",
-        "kernels.cpu_backend", "kernels.triton_backend", "kernels.nvrtc", "kernels.ways", "kernels.cuda_plans",
-        "kernels.cuda_backend", "kernels", "formats", "tensor", "bench", "dispatch",
+        "errors", "partition", "memory", "kernels.nvrtc", "kernels.constants", "kernels.codebooks",
+        "kernels.reference", "kernels.pieces", "kernels.cpu_backend", "kernels.triton_backend", "kernels.ways",
+        "kernels.cuda_plans", "kernels.cuda_backend", "kernels", "formats", "tensor", "bench", "dispatch",
         "statedict", "accelerate_hooks", "modules", "config", "structure", "storage", "devices", "plan", "decide",
         "meta", "files", "reader", "hub", "checkpoint", "match", "hf", "homes", "offload", "place", "stored", "spread",
         "load", "inplace", "pretrained", "preview", "atomic", "save", "summary", "accelerate.accelerator",

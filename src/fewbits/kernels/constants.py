@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbits.kernels import nvrtc
+from fewbits.kernels.nvrtc import resident
 
 
 def constant(values: Tensor, device: torch.device) -> Tensor:
@@ -19,7 +19,7 @@ def constant(values: Tensor, device: torch.device) -> Tensor:
         return values.to(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     values = values.contiguous()
-    at = nvrtc.resident(values.data_ptr(), values.nbytes, index)
+    at = resident(values.data_ptr(), values.nbytes, index)
     storage = torch._C._construct_storage_from_data_pointer(at, torch.device("cuda", index), values.nbytes)
     with torch.inference_mode(False):
         return torch.empty(0, dtype=values.dtype, device=torch.device("cuda", index)).set_(
