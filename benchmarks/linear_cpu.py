@@ -5,9 +5,10 @@
     FEWBITS_CPU=avx2 python benchmarks/linear.py --device cpu --levels
 
 All contenders take turns within a row of the table, each over weights that no cache holds, so that what else the
-machine does meets all alike: the ratios are what counts. ``read`` is torch's sum over the packed weight in the same
-loop, the physical limit of one row of x. ``--levels`` names the instruction sets that are forced in processes of their
-own, beside the best one that the machine has (by default avx2 and portable; none: no others).
+machine does meets all alike, and in a new order each time, since a call is slower after some than after others: the
+ratios are what counts. ``read`` is torch's sum over a weight's codes and scales in the same loop, the physical limit of
+one row of x. ``--levels`` names the instruction sets that are forced in processes of their own, beside the best one that
+the machine has (by default avx2 and portable; none: no others).
 
 Conversions are given as GB/s of bf16 read (quantizing) or written (dequantizing), by all threads.
 
@@ -20,6 +21,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -65,11 +67,13 @@ Call = Callable[[int], object]
 def race(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, float]:
     """Median microseconds of each call, taken in turn; a call gets a counter, by which it changes weights."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    turn, order = list(calls.items()), random.Random(0)
     for call in calls.values():
         call(0)
     end, i = time.perf_counter() + seconds, 0
     while i < rounds or time.perf_counter() < end:
-        for name, call in calls.items():
+        order.shuffle(turn)
+        for name, call in turn:
             start = time.perf_counter()
             for j in range(3):
                 call(3 * i + j)
@@ -80,6 +84,12 @@ def race(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, f
 
 def turns(nbytes: int) -> int:
     return max(2, min(40, ROTATE // nbytes))
+
+
+def whole_words(part: Tensor) -> Tensor:
+    """The bytes of a tensor as int64 numbers, but for up to seven."""
+    data = part.view(-1).view(torch.uint8)
+    return data[: len(data) // 8 * 8].view(torch.int64)
 
 
 def peer_layer(name: str, w: Tensor) -> torch.nn.Module:
@@ -105,8 +115,9 @@ def products(
     for name in names:
         count = turns(quantized_bytes(SPECS[name], shape))
         ours = [QuantTensor.quantize(bf16[i % len(bf16)], SPECS[name]) for i in range(count)]
+        plain = [] if name != "nf4-dq" else [QuantTensor.quantize(w, SPECS["nf4"]) for w in bf16]
         layers = [peer_layer(name, bf16[i % len(bf16)]) for i in range(count)] if peers else []
-        words = [q.packed.view(-1).view(torch.int64) for q in ours]
+        parts = [[whole_words(part) for part in (q.packed, q.absmax)] for q in ours]
         for m in rows:
             x = torch.randn(m, k, dtype=DTYPE)
             if name == "int8":  # six columns with outliers
@@ -118,13 +129,16 @@ def products(
                 "ours": lambda i, x=x, ours=ours: linear(x, ours[i % len(ours)]),
             }
             if name != "int8":
-                calls["ours_fp32"] = lambda i, x=wide, ours=ours: linear(x, ours[i % len(ours)])
+                calls["ours_fp32"] = lambda i, x=wide, ours=ours: linear(x, ours[(i + len(ours) // 3) % len(ours)])
+            if plain:
+                calls["ours_plain"] = lambda i, x=x, plain=plain: linear(x, plain[i % len(plain)])
             if peers:
                 calls["peer"] = lambda i, x=x, layers=layers: layers[i % len(layers)](x)
                 for layer in layers:
                     layer(x)  # a peer may repack a weight when it is first used
             if m == 1:
-                calls["read"] = lambda i, words=words: words[i % len(words)].sum()
+                # a third of the turn behind the others: the weight that was used just now may be in a cache
+                calls["read"] = lambda i, parts=parts: [p.sum() for p in parts[(i - len(parts) // 3) % len(parts)]]
             with torch.inference_mode():
                 times = race(calls, seconds)
             found.append({"shape": list(shape), "format": name, "rows": m, "us": times})
@@ -162,7 +176,6 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
 
 
 def judge_products(found: list[dict[str, Any]], threads: int) -> None:
-    by_key = {(tuple(row["shape"]), row["format"], row["rows"]): row for row in found}
     for row in found:
         us, m, name = row["us"], row["rows"], row["format"]
         checks: list[tuple[str, float, float, bool]] = []
@@ -172,9 +185,8 @@ def judge_products(found: list[dict[str, Any]], threads: int) -> None:
         checks.append(("ours / fp32", us.get("ours_fp32", us["ours"]) / us["fp32"], 1.0, False))
         if m == 1 and name == "nf4":
             checks.append(("of a plain read", us["read"] / us["ours"], READ, True))
-        plain = by_key.get((tuple(row["shape"]), "nf4", m))
-        if name == "nf4-dq" and plain is not None:
-            checks.append(("double quantization", us["ours"] / plain["us"]["ours"], DOUBLE, False))
+        if "ours_plain" in us:
+            checks.append(("double quantization", us["ours"] / us["ours_plain"], DOUBLE, False))
         row["targets"] = [
             {"what": what, "found": value, "bound": bound, "met": value >= bound if least else value <= bound}
             for what, value, bound, least in checks

@@ -14,9 +14,12 @@ namespace {
 
 constexpr int64_t CHUNK = 8 * LANES;
 constexpr int64_t GROUP = 4;                    // rows of x at a time
-constexpr int64_t ROWS = FEWBITS_AVX2 ? 2 : 4;  // of the weight at a time, as registers allow
+constexpr int ROWS = FEWBITS_AVX2 ? 2 : 4;      // of the weight at a time, as registers allow
 constexpr int64_t FEW = FEWBITS_BF16 ? 16 : 4;  // rows of x up to which this is faster than panels
-constexpr int64_t AHEAD = 2048;                 // bytes: how far ahead of where they are needed codes are fetched
+constexpr int64_t AHEAD = 4096;                 // bytes: how far ahead of where they are needed codes are fetched
+
+// Into the second-level cache: the first has room for few lines that are on their way (measured on a Zen 4).
+INLINE void fetch(const uint8_t* codes) { __builtin_prefetch(codes, 0, 2); }
 
 // How codes are looked up: in STEPS steps, each of which gives each lane a weight, or two in bf16. element() says which
 // one of a chunk that is, or which the first is: the second is 4 behind.
@@ -118,116 +121,192 @@ INLINE Floats lane_scales(const float* scales) {
     return splat(scales[0]);
 }
 
-// The same of the blocks from one on, as they are stored. To decode those of a whole row before its codes are read would
-// leave the memory idle meanwhile.
-template <bool NESTED, int PER_CHUNK>
-INLINE Floats lane_scales_from(const Weight4Bit& w, int64_t block) {
-    if (!NESTED) return lane_scales<PER_CHUNK>(static_cast<const float*>(w.absmax) + block);
-    float values[PER_CHUNK];
-    const int64_t nested = block / NESTED_BLOCK;
-    if ((block + PER_CHUNK - 1) / NESTED_BLOCK == nested) {
-        const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + block;
-        UNROLL for (int i = 0; i < PER_CHUNK; i++) values[i] = w.dynamic[codes[i]];
-        return lane_scales<PER_CHUNK>(values) * splat(w.nested_absmax[nested]) + splat(*w.nested_offset);
-    }
-    UNROLL for (int i = 0; i < PER_CHUNK; i++) values[i] = scale_of(w, block + i);
-    return lane_scales<PER_CHUNK>(values);
+// The lanes of a chunk's first half from one vector, of its second from another.
+INLINE Floats halves(Floats first, Floats second) {
+#if FEWBITS_AVX512
+    return _mm512_mask_blend_ps(0xff00, first, second);
+#elif FEWBITS_AVX2
+    return _mm256_blend_ps(first, second, 0xf0);
+#else
+    return Floats{first[0], first[1], second[2], second[3]};
+#endif
 }
+
+// Scales of R streams of blocks, each of which goes on where it was. Of scales of scales, a stream has those of all 256
+// codes in a table, which serves until the second-level scale changes.
+template <bool NESTED, int R>
+struct Scales {
+    const Weight4Bit w;
+    float tables[R][NESTED ? 256 : 1];
+    int64_t known[R];
+
+    explicit INLINE_METHOD Scales(const Weight4Bit& w) : w(w) {
+        UNROLL for (int r = 0; r < R; r++) known[r] = -1;
+    }
+
+    // For a stream's blocks from one on: how many are served.
+    INLINE_METHOD int64_t prepare(int r, int64_t block) {
+        if (!NESTED) return INT64_MAX;
+        const int64_t nested = block / NESTED_BLOCK;
+        if (known[r] != nested) {
+            const Floats absmax = splat(w.nested_absmax[nested]), offset = splat(*w.nested_offset);
+            for (int i = 0; i < 256; i += LANES) store(tables[r] + i, load(w.dynamic + i) * absmax + offset);
+            known[r] = nested;
+        }
+        return NESTED_BLOCK - block % NESTED_BLOCK;
+    }
+
+    // Those of blocks that are wanted later, which are too few for the hardware to foresee.
+    INLINE_METHOD void fetch_later(int64_t block, int64_t count) const {
+        const int64_t size = NESTED ? 1 : 4;
+        const uint8_t* at = static_cast<const uint8_t*>(w.absmax) + block * size;
+        for (int64_t i = 0; i < count * size; i += 64) fetch(at + i);
+    }
+
+    INLINE_METHOD float operator()(int r, int64_t block) const {
+        return NESTED ? tables[r][static_cast<const uint8_t*>(w.absmax)[block]]
+                      : static_cast<const float*>(w.absmax)[block];
+    }
+};
 
 INLINE Floats add_product(Floats sum, Floats w, Ints x) { return fma(w, (Floats)x, sum); }
 #if FEWBITS_BF16
 INLINE Floats add_product(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
 #endif
 
-// Adds one chunk of R rows of the weight times M rows of x.
-template <class Codes, int M, int R>
-INLINE void add_chunk(Floats (&sums)[R][M], const Codes& codes, const Ints (&words)[R], const Floats (&scales)[R],
-                      const uint32_t* x, int64_t x_stride) {
-    if constexpr (M == 1 || Codes::PAIRS) {  // scales are applied to what the chunk adds
-        Floats part[R][M];
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = zero();
-        UNROLL for (int j = 0; j < Codes::STEPS; j++) {
-            decltype(codes.weights(words[0], j)) w[R];
-            UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j);
-            UNROLL for (int m = 0; m < M; m++) {
-                Ints xs = load_ints(x + m * x_stride + j * LANES);
-                if (R > 1) KEEP(xs);  // once for all rows
-                UNROLL for (int r = 0; r < R; r++) part[r][m] = add_product(part[r][m], w[r], xs);
+// Of R rows of the weight and M rows of x.
+template <class Codes, int M, int R, int PER_CHUNK>
+struct Sums {
+    // For one row of x what a chunk adds is summed for each of its blocks in all lanes, those of the other block among
+    // them, and the block's own are chosen at the end: to make a vector of two blocks' scales takes longer.
+    static constexpr bool BY_BLOCK = M == 1 && PER_CHUNK <= 2;
+    static constexpr int COUNT = BY_BLOCK ? PER_CHUNK : M;
+    Floats of[R][COUNT];
+
+    INLINE_METHOD Sums() {
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < COUNT; i++) of[r][i] = zero();
+    }
+
+    // Adds a chunk; scale(r, b) is that of its b-th block in a row.
+    template <class Scale>
+    INLINE_METHOD void add(const Codes& codes, const Ints (&words)[R], const uint32_t* x, int64_t x_stride, Scale scale) {
+        Floats scales[R];
+        if constexpr (!BY_BLOCK)
+            UNROLL for (int r = 0; r < R; r++) {
+                float values[PER_CHUNK];
+                UNROLL for (int b = 0; b < PER_CHUNK; b++) values[b] = scale(r, b);
+                scales[r] = lane_scales<PER_CHUNK>(values);
             }
-        }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int m = 0; m < M; m++) sums[r][m] = fma(part[r][m], scales[r], sums[r][m]);
-    } else {  // or to the weights, which takes no registers for a chunk's own sums
-        UNROLL for (int j = 0; j < Codes::STEPS; j++) {
-            Floats w[R];
-            UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j) * scales[r];
-            UNROLL for (int m = 0; m < M; m++) {
-                const Floats xs = load(reinterpret_cast<const float*>(x + m * x_stride + j * LANES));
-                UNROLL for (int r = 0; r < R; r++) sums[r][m] = fma(w[r], xs, sums[r][m]);
+        if constexpr (M == 1 || Codes::PAIRS) {  // scales are applied to what the chunk adds
+            Floats part[R][M];
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = zero();
+            UNROLL for (int j = 0; j < Codes::STEPS; j++) {
+                decltype(codes.weights(words[0], j)) w[R];
+                UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j);
+                UNROLL for (int m = 0; m < M; m++) {
+                    Ints xs = load_ints(x + m * x_stride + j * LANES);
+                    if (R > 1) KEEP(xs);  // once for all rows
+                    UNROLL for (int r = 0; r < R; r++) part[r][m] = add_product(part[r][m], w[r], xs);
+                }
+            }
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int i = 0; i < COUNT; i++)
+                    of[r][i] = fma(part[r][BY_BLOCK ? 0 : i], BY_BLOCK ? splat(scale(r, i)) : scales[r], of[r][i]);
+        } else {  // or to the weights, which takes no registers for a chunk's own sums
+            UNROLL for (int j = 0; j < Codes::STEPS; j++) {
+                Floats w[R];
+                UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j) * scales[r];
+                UNROLL for (int m = 0; m < M; m++) {
+                    const Floats xs = load(reinterpret_cast<const float*>(x + m * x_stride + j * LANES));
+                    UNROLL for (int r = 0; r < R; r++) of[r][m] = fma(w[r], xs, of[r][m]);
+                }
             }
         }
     }
-}
+
+    INLINE_METHOD float total(int r, int m) const {
+        return sum(BY_BLOCK && PER_CHUNK == 2 ? halves(of[r][0], of[r][COUNT - 1]) : of[r][m]) * Codes::factor();
+    }
+};
 
 // R rows of the weight, so many apart, from n on.
 template <class Codes, bool NESTED, int M, int R, int PER_CHUNK>
-INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, int64_t apart) {
+INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t n, int64_t apart,
+                     Scales<NESTED, R>& scales) {
     const Weight4Bit w = a.w;  // a copy, which nothing that is written can change
     const int64_t row_bytes = w.k / 2, apart_bytes = apart * row_bytes, blocks = w.k / w.block_size;
     const int64_t step = Codes::STEPS * LANES, x_stride = ceil_div(w.k, CHUNK) * step;
-    const int64_t chunks_per_block = PER_CHUNK > 1 ? 1 : most(1, w.block_size / CHUNK);
+    const int64_t together = PER_CHUNK > 1 ? 1 : most(1, w.block_size / CHUNK);  // chunks in one block
     const uint8_t* packed = w.packed + n * row_bytes;
     const Codes codes(w.values);
-    const Floats factor = splat(Codes::factor());
-    Floats sums[R][M], scale[R];
+    Sums<Codes, M, R, PER_CHUNK> sums;
     Ints words[R];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r][m] = zero();
-    int64_t block = n * blocks, chunks_left = w.k / CHUNK;
-    while (chunks_left > 0) {
-        const int64_t count = PER_CHUNK > 1 ? 1 : least(chunks_left, chunks_per_block);
-        UNROLL for (int r = 0; r < R; r++)
-            scale[r] = lane_scales_from<NESTED, PER_CHUNK>(w, block + r * apart * blocks) * factor;
-        for (int64_t i = 0; i < count; i++) {
-            UNROLL for (int r = 0; r < R; r++) {
-                words[r] = load_ints(packed + r * apart_bytes);
-                __builtin_prefetch(packed + r * apart_bytes + AHEAD);
-                KEEP(words[r]);
-            }
-            add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
-            packed += CHUNK / 2, x += step;
+    int64_t block = n * blocks;
+    const auto block_of = [&](int r, int b) __attribute__((always_inline)) { return block + r * apart * blocks + b; };
+    const auto read = [&]() __attribute__((always_inline)) {
+        UNROLL for (int r = 0; r < R; r++) {
+            words[r] = load_ints(packed + r * apart_bytes);
+            fetch(packed + r * apart_bytes + AHEAD);
+            KEEP(words[r]);
         }
-        block += PER_CHUNK;
-        chunks_left -= count;
+    };
+    if (row == 0)
+        UNROLL for (int r = 0; r < R; r++) scales.fetch_later(block_of(r, 0) + 2 * blocks, blocks);
+    for (int64_t left = w.k / CHUNK; left > 0;) {
+        int64_t served = INT64_MAX;  // blocks whose scales are at hand in every row
+        UNROLL for (int r = 0; r < R; r++) served = least(served, scales.prepare(r, block_of(r, 0)));
+        if (PER_CHUNK > 1 && served < PER_CHUNK) {  // blocks of one chunk with different scales of scales
+            read();
+            sums.add(codes, words, x, x_stride, [&](int r, int b) { return scale_of(w, block_of(r, b)); });
+            packed += CHUNK / 2, x += step, block += PER_CHUNK, left--;
+            continue;
+        }
+        const int64_t end = served / PER_CHUNK >= left ? 0 : most(0, left - served / PER_CHUNK * together);
+        for (; left > end; block += PER_CHUNK) {
+            for (int64_t i = 0; i < together; i++, left--) {
+                read();
+                sums.add(codes, words, x, x_stride, [&](int r, int b) __attribute__((always_inline)) {
+                    return scales(r, block_of(r, b));
+                });
+                packed += CHUNK / 2, x += step;
+            }
+        }
     }
     const int64_t rest = w.k % CHUNK;  // only where a chunk has several blocks, or one
     if (rest > 0) {
         UNROLL for (int r = 0; r < R; r++) {
             uint8_t bytes[CHUNK / 2] = {};
-            float last[4] = {};
             memcpy(bytes, packed + r * apart_bytes, static_cast<size_t>(rest / 2));
-            for (int64_t i = 0; i < ceil_div(rest, w.block_size); i++)
-                last[i] = scale_of(w, block + r * apart * blocks + i);
             words[r] = load_ints(bytes);
-            scale[r] = lane_scales<PER_CHUNK>(last) * factor;
         }
-        add_chunk<Codes, M, R>(sums, codes, words, scale, x, x_stride);
+        sums.add(codes, words, x, x_stride, [&](int r, int b) {
+            return b * w.block_size < rest ? scale_of(w, block_of(r, b)) : 0.0f;
+        });
     }
     UNROLL for (int r = 0; r < R; r++) {
         const int64_t column = n + r * apart;
         const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, column);
         UNROLL for (int m = 0; m < M; m++)
-            store_one(a.dtype, a.out, (row + m) * w.n + column, sum(sums[r][m]) + bias);
+            store_one(a.dtype, a.out, (row + m) * w.n + column, sums.total(r, m) + bias);
     }
+}
+
+template <class Codes, bool NESTED, int M, int R, int PER_CHUNK>
+INLINE void few_rows_from(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t count,
+                          int64_t apart) {
+    Scales<NESTED, R> scales(a.w);
+    for (int64_t n = first; n < first + count; n++)
+        few_rows<Codes, NESTED, M, R, PER_CHUNK>(a, x, row, n, apart, scales);
 }
 
 // Several rows share what is read of x. They are far apart, so that each is one of few long streams, which the hardware
 // foresees; rows that follow each other were read at two thirds of the speed.
 template <class Codes, bool NESTED, int M, int PER_CHUNK>
 void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_t first, int64_t last) {
-    constexpr int64_t R = M <= 2 || Codes::PAIRS ? 2 : ROWS;
+    constexpr int R = M == 1 ? ROWS : M == 2 || Codes::PAIRS ? 2 : ROWS;
     const int64_t apart = (last - first) / R;
-    for (int64_t n = first; n < first + apart; n++) few_rows<Codes, NESTED, M, R, PER_CHUNK>(a, x, row, n, apart);
-    for (int64_t n = first + R * apart; n < last; n++) few_rows<Codes, NESTED, M, 1, PER_CHUNK>(a, x, row, n, 0);
+    few_rows_from<Codes, NESTED, M, R, PER_CHUNK>(a, x, row, first, apart, apart);
+    few_rows_from<Codes, NESTED, M, 1, PER_CHUNK>(a, x, row, first + R * apart, last - first - R * apart, 0);
 }
 
 template <class Codes, bool NESTED, int PER_CHUNK>
@@ -252,8 +331,9 @@ void linear_few(const Linear4Bit& a) {
     const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
     uint32_t* x = static_cast<uint32_t*>(scratch(4, static_cast<size_t>(a.rows * x_stride) * 4));
     parallel_for(a.threads, a.rows, [&](int64_t row) { order_for_chunks<Codes>(a, row, x + row * x_stride); });
-    // at most so many that the second group of rows of x finds them in the second-level cache
-    const int64_t piece = most(16, least(64, a.w.n / (8 * a.threads) / ROWS * ROWS));
+    // long streams, but at most so many rows that a second group of rows of x finds them in the second-level cache
+    const int64_t most_rows = a.rows <= GROUP ? 256 : 64;
+    const int64_t piece = most(16, least(most_rows, a.w.n / (8 * a.threads) / ROWS * ROWS));
     parallel_for(a.threads, ceil_div(a.w.n, piece), [&](int64_t index) {
         const int64_t first = index * piece, last = least(a.w.n, first + piece), blocks = CHUNK / a.w.block_size;
         if (CHUNK >= 128 && blocks == 4) return few_rows_between<Codes, CHUNK >= 128 ? 4 : 1>(a, x, first, last);
