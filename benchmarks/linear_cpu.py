@@ -7,8 +7,8 @@
 All contenders take turns within a row of the table, each over weights that no cache holds, so that what else the
 machine does meets all alike, and in a new order each time, since a call is slower after some than after others: the
 ratios are what counts. ``read`` is torch's sum over a weight's codes and scales in the same loop, the physical limit of
-one row of x. ``--levels`` names the instruction sets that are forced in processes of their own, beside the best one that
-the machine has (by default avx2 and portable; none: no others).
+one row of x. ``--levels`` names the instruction sets that are forced in processes of their own, beside the machine's
+best one (by default avx2 and portable; none: no others).
 
 Conversions are given as GB/s of bf16 read (quantizing) or written (dequantizing), by all threads.
 
