@@ -87,9 +87,9 @@ CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {  # from a model of t
     "bf16": lambda model: model,
     "all-else": lambda model: replaced(model, Nothing),
     "bnb-nf4": lambda model: replaced(model, lambda w: peer_4bit(w, double_quant=True)),
-    "bnb-int8": lambda model: replaced(model, lambda w: peer_8bit(w, threshold=6.0)),
     "fewbits-nf4": lambda model: fewbits.quantize(model, "nf4", double_quant=True, progress=False),
     "fewbits-int8": lambda model: fewbits.quantize(model, "int8", progress=False),
+    "bnb-int8": lambda model: replaced(model, lambda w: peer_8bit(w, threshold=6.0)),
 }
 
 
@@ -302,8 +302,8 @@ def cosine(a: Tensor | None, b: Tensor | None) -> float | None:
     return None if a is None or b is None else torch.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-def run(args: argparse.Namespace, result: dict[str, Any], device: str) -> None:
-    """Measure, print, and fill ``result`` as it goes."""
+def run(args: argparse.Namespace, result: dict[str, Any], device: str, write: Callable[[], None]) -> None:
+    """Measure, print, fill ``result`` and write it as it goes."""
 
     def allocated() -> int:
         gc.collect()
@@ -345,6 +345,7 @@ def run(args: argparse.Namespace, result: dict[str, Any], device: str) -> None:
         row["cosine_to_bf16"] = None if row is rest else cosine(logits.get(name), logits.get("bf16"))
         compare(row, bf16, rest, speed)
         result["rows"].append(row)
+        write()
         show(row)
     result["nf4_cosine"] = found = cosine(logits.get("fewbits-nf4"), logits.get("bnb-nf4"))
     if found is not None:
@@ -376,16 +377,17 @@ def main(argv: list[str] | None = None) -> None:
     device = "cpu" if args.small else "cuda"
     began = time.perf_counter()
     result: dict[str, Any] = {**facts(device), "complete": False, "rows": []}
-    try:
-        with torch.no_grad():
-            run(args, result, device)
-        result["complete"] = True
-    finally:
+
+    def write() -> None:
         result["seconds"] = time.perf_counter() - began
-        text = json.dumps(result, indent=1) + "\n"
         if not args.small:
-            (Path(__file__).parent / "results" / "decode-cuda.json").write_text(text)
-        print(f"{result['seconds']:.0f} s", flush=True)
+            (Path(__file__).parent / "results" / "decode-cuda.json").write_text(json.dumps(result, indent=1) + "\n")
+
+    with torch.no_grad():
+        run(args, result, device, write)
+    result["complete"] = True
+    write()
+    print(f"{result['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
