@@ -62,11 +62,11 @@ def _weight(kind, shape, generator=None):
 def _bound(exact, magnitude, dtype, terms):
     """One rounding to the output's dtype and those of fp32 sums, one after the other in the worst case.
 
-    Where the level multiplies in bf16, the weight is rounded to it; with a table of 16 bits its values are.
+    Where the level multiplies in bf16, the weight is rounded to it; as integers of 16 bits its values are.
     """
     weight = 2.0**-8 if cpu_backend.level() == "avx512_bf16" and dtype is torch.bfloat16 else 0.0
     if cpu_backend.level() == "avx2" and dtype is not torch.float32:
-        weight = 2.0**-17 / min(abs(value) for value in codebooks.NF4 if value)
+        weight = 0.5 / 8064 / min(abs(value) for value in codebooks.NF4 if value)
     sums = 2.0**-24 * (terms**0.5 * 2 + 4)  # errors of random sign; the scale's and the product's roundings
     return UNIT[dtype] * exact.abs() * 1.01 + (weight * 1.01 + sums) * magnitude + TINY[dtype]
 
@@ -76,7 +76,13 @@ def _check(found, x, w, dtype, bias=None):
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
     assert found.dtype is dtype
-    assert bool(((found.double() - exact).abs() <= _bound(exact, magnitude, dtype, w.shape[0])).all())
+    bound = _bound(exact, magnitude, dtype, w.shape[0])
+    if cpu_backend.level() == "avx2" and dtype is not torch.float32:  # x is rounded, too, by the largest of 64
+        k = x.shape[-1]
+        chunks = torch.nn.functional.pad(x.double().abs(), (0, -k % 64)).unflatten(-1, (-1, 64))
+        largest = chunks.amax(-1).repeat_interleave(64, dim=-1)[..., :k]
+        bound += 0.5 / 16383 * 1.01 * (largest @ w.abs())
+    assert bool(((found.double() - exact).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -143,6 +149,44 @@ def test_many_rows_are_worked_on_in_parts(level):
     x = torch.randn(2500, 320)
     _check(cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), torch.float32)
     _check(cpu_backend.linear_4bit_t(x[:, :40], *state, *spec), x[:, :40], w, torch.float32)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_chunks_across_two_scales_of_scales(block_size, level):
+    """Of 256 blocks each, which end within a chunk where a row has an odd number of them."""
+    state, spec, w = _weight(("nf4", block_size, True), (300, 3 * block_size))
+    assert len(state[2]) > 3
+    for rows in (1, 2, 4):
+        for dtype in DTYPES:
+            x = torch.randn(rows, 3 * block_size).to(dtype)
+            _check(cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_x_with_a_wide_range(rows, level):
+    state, spec, w = _weight(("nf4", 64, False), (50, 256))
+    for dtype in DTYPES:
+        x = torch.randn(rows, 256) * torch.logspace(-4, 3, 256)[torch.randperm(256)]
+        x[:, 64:128] = 0
+        x = x.to(dtype)
+        _check(cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), dtype)
+    tiny = torch.randn(rows, 256).to(torch.bfloat16) * 1e-33
+    found = cpu_backend.linear_4bit(tiny, *state, None, *spec).double()
+    assert bool(((found - tiny.double() @ w.t()).abs() <= 2.0**-7 * (tiny.double().abs() @ w.t().abs())).all())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_x_that_is_not_finite(rows, level):
+    state, spec, w = _weight(("nf4", 64, False), (50, 256))
+    for dtype in DTYPES:
+        for value in (torch.nan, torch.inf, -torch.inf):
+            x = torch.randn(rows, 256).to(dtype)
+            x[-1, 77] = value
+            found = cpu_backend.linear_4bit(x, *state, None, *spec)
+            expected = x.double() @ w.t()
+            assert torch.equal(found[-1].isnan(), expected[-1].isnan())
+            assert torch.equal(found[-1].isposinf(), expected[-1].isposinf())
+            assert found[:-1].isfinite().all()
 
 
 def test_what_is_not_served_is_left_to_the_reference():

@@ -21,43 +21,66 @@ constexpr int64_t AHEAD = 4096;                 // bytes: how far ahead of where
 // Into the second-level cache: the first has room for few lines that are on their way (measured on a Zen 4).
 INLINE void fetch(const uint8_t* codes) { __builtin_prefetch(codes, 0, 2); }
 
-// How codes are looked up: in STEPS steps, each of which gives each lane a weight, or two in bf16. element() says which
-// one of a chunk that is, or which the first is: the second is 4 behind.
+// How a chunk is multiplied by as much of x: in STEPS steps, for each of which x has a word a lane.
+//     WORDS                words of x for a chunk
+//     order(x, to)         puts a chunk of x in order; false if it cannot be
+//     weights(word, step)  the weights of a step
+//     Part, add, floats    a sum of products, without scales
+//     factor()             what all sums are to be multiplied by
 struct ExactCodes {
-    static constexpr int STEPS = 8;
+    static constexpr int STEPS = 8, WORDS = STEPS * LANES;
     static constexpr bool PAIRS = false;
+    using Part = Floats;
     const Table values;
     explicit ExactCodes(const float* values) : values(table(values)) {}
-    static INLINE_METHOD int64_t element(int64_t step, int64_t lane) { return 8 * lane + (step ^ 1); }
+    static bool order(const float* x, uint32_t* to) {
+        for (int i = 0; i < LANES; i++)
+            UNROLL for (int j = 0; j < STEPS; j++) to[j * LANES + i] = to_bits(x[8 * i + (j ^ 1)]);
+        return true;
+    }
     INLINE_METHOD Floats weights(Ints word, int step) const { return lookup(values, shift_right(word, 4 * step)); }
+    static INLINE_METHOD Floats add(Floats sum, Floats w, Ints x) { return fma(w, (Floats)x, sum); }
+    static INLINE_METHOD Floats floats(Floats part, const uint32_t*) { return part; }
     static INLINE_METHOD float factor() { return 1.0f; }
 };
 
 #if FEWBITS_BF16
-struct Bf16Codes {  // the values in bf16, twice: the look-up asks for five bits
-    static constexpr int STEPS = 4;
+struct Bf16Codes {  // two weights a lane; the values in bf16, twice: the look-up asks for five bits
+    static constexpr int STEPS = 4, WORDS = STEPS * LANES;
     static constexpr bool PAIRS = true;
+    using Part = Floats;
     Ints values;
     explicit Bf16Codes(const float* from) {
         uint16_t twice[32];
         for (int i = 0; i < 32; i++) twice[i] = to_bf16(from[i % 16]);
         values = load_ints(twice);
     }
-    static INLINE_METHOD int64_t element(int64_t step, int64_t lane) { return 8 * lane + (step ^ 1); }
+    static bool order(const float* x, uint32_t* to) {
+        for (int i = 0; i < LANES; i++)
+            UNROLL for (int j = 0; j < STEPS; j++) {
+                const float* at = x + 8 * i + (j ^ 1);
+                to[j * LANES + i] = to_bits(at[0]) >> 16 | to_bits(at[4]);
+            }
+        return true;
+    }
     INLINE_METHOD Ints weights(Ints word, int step) const {
         return _mm512_permutexvar_epi16(shift_right(word, 4 * step), values);
     }
+    static INLINE_METHOD Floats add(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
+    static INLINE_METHOD Floats floats(Floats part, const uint32_t*) { return part; }
     static INLINE_METHOD float factor() { return 1.0f; }
 };
 #endif
 
 #if FEWBITS_AVX2
-// The values as integers of 16 bits, whose bytes are looked up 32 at a time: half the time of an exact look-up, which
-// is in two tables of 8. FP4's are exact, NF4's within 1e-4; x of 16 bits has a rounding of 5e-4 or 4e-3 itself.
+// Weights and x as integers of 16 bits, two a lane. Of the weights, whose bytes are looked up 32 at a time, FP4's are
+// exact and NF4's within 6.2e-5. x is within 3.1e-5 of the largest of its chunk, where results in 16 bits are rounded by
+// 2.4e-4 or 2e-3. Eight products of a lane are at most 8 * 8064 * 16383, half of what it holds.
 struct Int16Codes {
-    static constexpr int STEPS = 8;
-    static constexpr bool PAIRS = false;
-    static constexpr float UNIT = 32640;  // 170 * 192, of which FP4's values are multiples
+    static constexpr int STEPS = 4, WORDS = STEPS * LANES + LANES;  // the last ones: what a chunk of x is multiplied by
+    static constexpr bool PAIRS = true;
+    static constexpr float UNIT = 8064, X_UNIT = 16383;  // 42 * 192: FP4's values are multiples of 1 / 192
+    using Part = Ints;
     __m256i low, high;
     explicit Int16Codes(const float* values) {
         uint8_t bytes[2][16];
@@ -69,19 +92,39 @@ struct Int16Codes {
         low = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[0])));
         high = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes[1])));
     }
-    // steps: bit 2, the half byte; bit 1, which half of 16 bytes; bit 0, which byte of two
-    static INLINE_METHOD int64_t element(int64_t step, int64_t lane) {
-        return 2 * (lane / 4 * 16 + (step & 2) * 4 + lane % 4 * 2 + (step & 1)) + (step < 4);
+    static bool order(const float* x, uint32_t* to) {
+        uint32_t bits = 0;  // of the largest: in the order of magnitudes, infinity and NaN above all
+        for (int i = 0; i < CHUNK; i++) {
+            const uint32_t found = to_bits(x[i]) & 0x7fffffff;
+            bits = found > bits ? found : bits;
+        }
+        const float largest = from_bits(bits);
+        if (bits != 0 && !(largest > 1e-30f && largest < 1e38f)) return false;
+        const float factor = bits == 0 ? 0.0f : X_UNIT / largest;
+        uint16_t integers[CHUNK];
+        for (int i = 0; i < CHUNK; i++) {
+            const float scaled = x[i] * factor;
+            integers[i] = static_cast<uint16_t>(static_cast<int32_t>(scaled < 0 ? scaled - 0.5f : scaled + 0.5f));
+        }
+        for (int i = 0; i < LANES; i++)
+            UNROLL for (int j = 0; j < STEPS; j++) {
+                const uint16_t* at = integers + 2 * (i / 4 * 16 + (j & 1) * 8 + i % 4 * 2) + (j < 2);
+                to[j * LANES + i] = static_cast<uint32_t>(at[0]) | static_cast<uint32_t>(at[2]) << 16;
+            }
+        to[STEPS * LANES] = to_bits(largest / X_UNIT);
+        return true;
     }
-    INLINE_METHOD Floats weights(Ints word, int step) const {
-        const __m256i codes = _mm256_and_si256(step < 4 ? word : _mm256_srli_epi16(word, 4), _mm256_set1_epi8(15));
+    // steps: bit 1, the half byte; bit 0, which half of 16 bytes
+    INLINE_METHOD Ints weights(Ints word, int step) const {
+        const __m256i codes = _mm256_and_si256(step < 2 ? word : _mm256_srli_epi16(word, 4), _mm256_set1_epi8(15));
         const __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
-        const __m256i pairs = step & 2 ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
-        // each as the upper half of a word
-        return _mm256_cvtepi32_ps(step & 1 ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
-                                           : _mm256_slli_epi32(pairs, 16));
+        return step & 1 ? _mm256_unpackhi_epi8(l, h) : _mm256_unpacklo_epi8(l, h);
     }
-    static INLINE_METHOD float factor() { return 1.0f / (UNIT * 65536); }
+    static INLINE_METHOD Ints add(Ints sum, Ints w, Ints x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+    static INLINE_METHOD Floats floats(Ints part, const uint32_t* x) {
+        return _mm256_cvtepi32_ps(part) * splat(from_bits(x[STEPS * LANES]));
+    }
+    static INLINE_METHOD float factor() { return 1.0f / UNIT; }
 };
 #endif
 
@@ -91,19 +134,16 @@ bool serves_few(const Linear4Bit& a, int64_t most_rows) {
     return a.rows <= most_rows && a.w.k % block == 0 && aligned;
 }
 
-// A row of x as words [chunks, STEPS, LANES], with zeros past the end.
+// A row of x as words [chunks, WORDS], with zeros past the end.
 template <class Codes>
-void order_for_chunks(const Linear4Bit& a, int64_t row, uint32_t* to) {
+bool order_for_chunks(const Linear4Bit& a, int64_t row, uint32_t* to) {
     const int64_t k = a.w.k, padded = ceil_div(k, CHUNK) * CHUNK;
     float* from = static_cast<float*>(scratch(0, static_cast<size_t>(padded) * 4));
     to_floats(a.dtype, a.x, row * a.x_stride, k, from);
     for (int64_t i = k; i < padded; i++) from[i] = 0;
-    for (int64_t c = 0; c < padded; c += CHUNK, to += Codes::STEPS * LANES)
-        for (int64_t i = 0; i < LANES; i++)
-            UNROLL for (int64_t j = 0; j < Codes::STEPS; j++) {
-                const float* at = from + c + Codes::element(j, i);
-                to[j * LANES + i] = Codes::PAIRS ? to_bits(at[0]) >> 16 | to_bits(at[4]) : to_bits(at[0]);
-            }
+    bool ordered = true;
+    for (int64_t c = 0; c < padded; c += CHUNK, to += Codes::WORDS) ordered &= Codes::order(from + c, to);
+    return ordered;
 }
 
 // The lanes' values of a chunk's scales, where a chunk has so many (1: it lies within one block).
@@ -169,11 +209,6 @@ struct Scales {
     }
 };
 
-INLINE Floats add_product(Floats sum, Floats w, Ints x) { return fma(w, (Floats)x, sum); }
-#if FEWBITS_BF16
-INLINE Floats add_product(Floats sum, Ints w, Ints x) { return dot_bf16(sum, w, x); }
-#endif
-
 // Of R rows of the weight and M rows of x.
 template <class Codes, int M, int R, int PER_CHUNK>
 struct Sums {
@@ -198,20 +233,25 @@ struct Sums {
                 scales[r] = lane_scales<PER_CHUNK>(values);
             }
         if constexpr (M == 1 || Codes::PAIRS) {  // scales are applied to what the chunk adds
-            Floats part[R][M];
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = zero();
+            typename Codes::Part part[R][M];
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = typename Codes::Part{};
             UNROLL for (int j = 0; j < Codes::STEPS; j++) {
                 decltype(codes.weights(words[0], j)) w[R];
                 UNROLL for (int r = 0; r < R; r++) w[r] = codes.weights(words[r], j);
                 UNROLL for (int m = 0; m < M; m++) {
                     Ints xs = load_ints(x + m * x_stride + j * LANES);
                     if (R > 1) KEEP(xs);  // once for all rows
-                    UNROLL for (int r = 0; r < R; r++) part[r][m] = add_product(part[r][m], w[r], xs);
+                    UNROLL for (int r = 0; r < R; r++) part[r][m] = Codes::add(part[r][m], w[r], xs);
                 }
             }
             UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int i = 0; i < COUNT; i++)
-                    of[r][i] = fma(part[r][BY_BLOCK ? 0 : i], BY_BLOCK ? splat(scale(r, i)) : scales[r], of[r][i]);
+                UNROLL for (int m = 0; m < M; m++) {
+                    const Floats added = Codes::floats(part[r][m], x + m * x_stride);
+                    if constexpr (BY_BLOCK)
+                        UNROLL for (int b = 0; b < COUNT; b++) of[r][b] = fma(added, splat(scale(r, b)), of[r][b]);
+                    else
+                        of[r][m] = fma(added, scales[r], of[r][m]);
+                }
         } else {  // or to the weights, which takes no registers for a chunk's own sums
             UNROLL for (int j = 0; j < Codes::STEPS; j++) {
                 Floats w[R];
@@ -235,7 +275,7 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
                      Scales<NESTED, R>& scales) {
     const Weight4Bit w = a.w;  // a copy, which nothing that is written can change
     const int64_t row_bytes = w.k / 2, apart_bytes = apart * row_bytes, blocks = w.k / w.block_size;
-    const int64_t step = Codes::STEPS * LANES, x_stride = ceil_div(w.k, CHUNK) * step;
+    const int64_t step = Codes::WORDS, x_stride = ceil_div(w.k, CHUNK) * step;
     const int64_t together = PER_CHUNK > 1 ? 1 : most(1, w.block_size / CHUNK);  // chunks in one block
     const uint8_t* packed = w.packed + n * row_bytes;
     const Codes codes(w.values);
@@ -311,7 +351,7 @@ void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64
 
 template <class Codes, bool NESTED, int PER_CHUNK>
 void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int64_t last) {
-    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
+    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::WORDS;
     for (int64_t row = 0; row < a.rows; row += GROUP, x += GROUP * x_stride) switch (least(GROUP, a.rows - row)) {
             case 1: few_rows_between<Codes, NESTED, 1, PER_CHUNK>(a, x, row, first, last); break;
             case 2: few_rows_between<Codes, NESTED, 2, PER_CHUNK>(a, x, row, first, last); break;
@@ -326,11 +366,16 @@ void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int
     few_rows_between<Codes, true, PER_CHUNK>(a, x, first, last);
 }
 
+// False, with nothing done, if x cannot be put in order for these codes.
 template <class Codes>
-void linear_few(const Linear4Bit& a) {
-    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::STEPS * LANES;
+bool linear_few(const Linear4Bit& a) {
+    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::WORDS;
     uint32_t* x = static_cast<uint32_t*>(scratch(4, static_cast<size_t>(a.rows * x_stride) * 4));
-    parallel_for(a.threads, a.rows, [&](int64_t row) { order_for_chunks<Codes>(a, row, x + row * x_stride); });
+    bool ordered = true;
+    parallel_for(a.threads, a.rows, [&](int64_t row) {
+        if (!order_for_chunks<Codes>(a, row, x + row * x_stride)) __atomic_store_n(&ordered, false, __ATOMIC_RELAXED);
+    });
+    if (!ordered) return false;
     // long streams, but at most so many rows that a second group of rows of x finds them in the second-level cache
     const int64_t most_rows = a.rows <= GROUP ? 256 : 64;
     const int64_t piece = most(16, least(most_rows, a.w.n / (8 * a.threads) / ROWS * ROWS));
@@ -340,6 +385,7 @@ void linear_few(const Linear4Bit& a) {
         if (CHUNK >= 64 && blocks == 2) return few_rows_between<Codes, CHUNK >= 64 ? 2 : 1>(a, x, first, last);
         few_rows_between<Codes, 1>(a, x, first, last);
     });
+    return true;
 }
 
 // ------------------------------------------------------------------------------------------- panels
@@ -473,11 +519,11 @@ struct Columns4Bit {
 
 void linear_4bit(const Linear4Bit& a) {
 #if FEWBITS_BF16
-    if (a.dtype == BFLOAT16 && serves_few(a, FEW)) return linear_few<Bf16Codes>(a);
+    if (a.dtype == BFLOAT16 && serves_few(a, FEW) && linear_few<Bf16Codes>(a)) return;
 #elif FEWBITS_AVX2
-    if (a.dtype != FLOAT32 && serves_few(a, FEW)) return linear_few<Int16Codes>(a);
+    if (a.dtype != FLOAT32 && serves_few(a, FEW) && linear_few<Int16Codes>(a)) return;
 #endif
-    if (serves_few(a, GROUP)) return linear_few<ExactCodes>(a);
+    if (serves_few(a, GROUP) && linear_few<ExactCodes>(a)) return;
     multiply_panels(Rows4Bit{a.w}, Product{a.x, a.x_stride, a.rows, a.dtype, a.bias, a.bias_dtype, a.out, a.threads});
 }
 
