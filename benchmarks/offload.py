@@ -15,6 +15,9 @@ The bytes moved are those of the layers that are off, as their format stores the
 them is set against the speed of the link, measured in the row ``link``: 256 MiB of pinned memory copied to the GPU,
 or, for what is on disk, a plain read of cached files to the device.
 
+llama.cpp's row needs its Python package, which is compiled when it is installed (``benchmarks/ggml.py``); its loading
+converts the checkpoint first.
+
 Writes ``benchmarks/results/offload-<cpu|cuda>.json``.
 """
 
@@ -98,6 +101,12 @@ def accelerate_in(folder: Path, devices: Map, files: str, *, format: str) -> tor
     return llama.load_with_accelerate(folder, format, device_map=devices, offload_folder=offload_folder)
 
 
+def ggml_in(folder: Path, devices: Map, files: str, *, format: str) -> Any:
+    import ggml
+
+    return ggml.load(folder, devices, files, format=format)
+
+
 def _fewbits(format: str, off: str | None, on: tuple[str, ...], offload: str = "stream") -> Row:
     title = {None: "all on the device", "cpu": "half on the CPU", "disk": "half on disk"}[off]
     if offload != "stream":
@@ -135,6 +144,13 @@ ROWS: dict[str, Row] = {
     "transformers-bf16-resident": _peer(transformers_in, "bf16", None, "bf16", ("cpu",)),
     "transformers-nf4-resident": _peer(transformers_in, "nf4", None, "nf4", ("cpu",)),
     "transformers-int8-resident": _peer(transformers_in, "int8", None, "int8", ("cpu",)),
+    "llamacpp-q4_0-resident": Row(
+        "llama.cpp q4_0, all on the device",
+        partial(ggml_in, format="q4_0"),
+        "q4_0",
+        needs=("llama_cpp", "gguf"),
+        on=("cpu",),
+    ),
     "transformers-bf16-disk": _peer(transformers_in, "bf16", "disk", "bf16", ("cpu",)),
 }
 
@@ -266,7 +282,7 @@ def measure(args: argparse.Namespace, device: str, report: llama.Report) -> None
     for part in ("small", "model"):
         (files / part).mkdir(parents=True)
     warm = row.load(small, devices_for("small", device, row.off, last=args.last), str(files / "small"))
-    generate(warm, prompt, 3, args.stop, device)
+    loop(warm, prompt, 3, args.stop, device)
     del warm
     llama.collect(device)
 
@@ -283,7 +299,8 @@ def measure(args: argparse.Namespace, device: str, report: llama.Report) -> None
     with llama.Memory(device) as running:
         loop(model, prompt, 3, args.stop, device)  # kernels for this model's shapes are compiled here, if at all
         report.add(loop=loop(model, prompt, args.tokens, args.stop, device))
-        report.add(generate=generate(model, prompt, args.tokens, args.stop, device))
+        if hasattr(model, "generate"):
+            report.add(generate=generate(model, prompt, args.tokens, args.stop, device))
     report.add(decoding=running.found)
     with llama.Memory(device) as running:
         report.add(prefill_milliseconds=prefill(model, tokens, args.stop, device))

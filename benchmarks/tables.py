@@ -176,6 +176,7 @@ _TOOLS = {
     "transformers-bf16-resident": "transformers, bf16, all of it there",
     "transformers-nf4-resident": "transformers + bitsandbytes, nf4, all of it there",
     "transformers-int8-resident": "transformers + bitsandbytes, int8, all of it there",
+    "llamacpp-q4_0-resident": "llama.cpp, Q4_0, all of it there",
     "transformers-bf16-disk": "transformers + Accelerate, bf16, half on disk",
 }
 
