@@ -120,3 +120,12 @@ late = [m for m in sys.modules if m in ("fewbits.kernels.cuda_backend", "fewbits
 assert not late, late
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_kernel_waits_for_the_one_before():
+    """In a graph each is launched before the one before has ended, whose memory it may read or write."""
+    kernels = [path for path in nvrtc.SOURCES.glob("*.cu") if path.stem != "probe"]
+    assert len(kernels) >= 8
+    for path in kernels:
+        body = nvrtc.source_of(path.name).split(f" {path.stem}(const __grid_constant__ Arguments a)")[1]
+        assert "wait_for_previous_kernel();" in body, path.name

@@ -54,6 +54,17 @@ def test_a_gpu_that_is_not_in_the_table_takes_ways_for_any(gpu):
     assert {first(kind, m) for kind in ("4-bit", "int8") for m in (1, 17, 65, 5000)} == {"decode", "dequantize"}
 
 
+def test_many_rows_go_where_tiles_fill_the_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(ways, "_processors", lambda device: 132)
+    assert first("4-bit", 1024, n=1024) == "wide"
+    # 8 x 8 tiles of 132, 8 x 40 of 264 + 132, 8 x 32 of 264, 9 x 32 of 396
+    assert [first("4-bit", m, n=n) for m, n in ((2048, 1024), (2048, 5120), (2048, 4096), (2049, 4096))] == [
+        "dequantize", "dequantize", "wide", "dequantize",
+    ]  # fmt: skip
+    keep(0, {("4-bit", 1024, 4096): ((MOST, "wide"),)})
+    assert first("4-bit", 2048, n=1024) == "wide"
+
+
 def test_what_is_tuned_is_taken_for_its_shape_and_gpu_alone(gpu):
     path = keep(0, {("4-bit", 4096, 4096): ((8, "decode"), (MOST, "wide"))})
     assert path == tuned_file(0)

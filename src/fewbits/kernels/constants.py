@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewbits.kernels.nvrtc import resident
-
 
 def constant(values: Tensor, device: torch.device) -> Tensor:
     """``values``, on the CPU, as a tensor on ``device`` that no stream need wait for. It is never freed."""
     if device.type != "cuda" or torch.version.cuda is None or not values.numel():
         return values.to(device)
+    from fewbits.kernels.nvrtc import resident  # not before a GPU is used
+
     index = torch.cuda.current_device() if device.index is None else device.index
     values = values.contiguous()
     at = resident(values.data_ptr(), values.nbytes, index)

@@ -26,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit(const __gr
   for (int i = thread; i < 256 * 16; i += THREADS) table[i >> 4][i & 15] = make_float2(a.values[i >> 8], a.values[i >> 4 & 15]);
   if (NESTED) dynamic[thread] = a.dynamic[thread];
   __syncthreads();
+  wait_for_previous_kernel();  // which may still read what is written here
   const float offset = NESTED ? *a.offset : 0.0f;
   const long long words = a.n / 8, step = (long long)gridDim.x * THREADS * WORDS;
   const u8* own = (const u8*)&table[0][lane & 15];

@@ -21,6 +21,7 @@ struct Arguments {
 constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS) embedding(const __grid_constant__ Arguments a) {
+  wait_for_previous_kernel();
   const int pieces = a.k / 8;
   const long long all = a.count * pieces, step = (long long)gridDim.x * THREADS;
   for (long long i = (long long)blockIdx.x * THREADS + threadIdx.x; i < all; i += step) {

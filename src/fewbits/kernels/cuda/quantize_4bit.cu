@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_4bit(const __grid
   const int thread = threadIdx.x, lane = thread & 31;
   for (int i = thread; i < 64 * 16; i += THREADS) table[i >> 4][i & 15] = a.buckets[min(i >> 4, 32)];
   __syncthreads();
+  wait_for_previous_kernel();
   const u8* own = (const u8*)&table[0][lane & 15];
   const long long words = a.n / 8, step = (long long)gridDim.x * THREADS * WORDS;
   const long long begin = (long long)blockIdx.x * THREADS * WORDS + (thread - lane) * WORDS;  // of the warp

@@ -16,6 +16,7 @@ extern "C" __global__ void __launch_bounds__(256) quantize_absmax(const __grid_c
   const int thread = threadIdx.x;
   const long long i = (long long)blockIdx.x * 256 + thread;
   if (thread < 255) bounds[thread] = a.bounds[thread];
+  wait_for_previous_kernel();
   const float value = i < a.n ? __fsub_rn(a.absmax[i], *a.offset) : 0.0f;
   const u32 own = __reduce_max_sync(0xFFFFFFFF, __float_as_uint(value) & 0x7FFFFFFF);
   if ((thread & 31) == 0) largest_of_warp[thread >> 5] = own;
