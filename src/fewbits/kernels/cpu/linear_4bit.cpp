@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t CHUNK = 8 * LANES;
 constexpr int64_t GROUP = 4;                    // rows of x at a time
 constexpr int ROWS = FEWBITS_AVX2 ? 2 : 4;      // of the weight at a time, as registers allow
-constexpr int64_t FEW = FEWBITS_BF16 ? 16 : 4;  // rows of x up to which this is faster than panels
+constexpr int64_t FEW = FEWBITS_BF16 ? 16 : FEWBITS_AVX2 ? 8 : 4;  // rows of x: with more, panels are faster
 constexpr int64_t AHEAD = 4096;                 // bytes: how far ahead of where they are needed codes are fetched
 
 // Into the second-level cache: the first has room for few lines that are on their way (measured on a Zen 4).
