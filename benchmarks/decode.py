@@ -181,10 +181,10 @@ def gpu_ms(call: Callable[[], object], before: Callable[[], None], rounds: int) 
     return statistics.median(start.elapsed_time(end) for start, end in marks[2:])
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> Any:
     """For one batch size at a time: code for any would be slower."""
     torch.compiler.reset()
-    return torch.compile(model, dynamic=False)  # type: ignore[return-value]
+    return torch.compile(model, dynamic=False)
 
 
 def graph_ms(step: Step) -> float:
@@ -214,7 +214,7 @@ def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any], compiling: bo
     def prefill() -> Tensor:
         return model(input_ids=tokens, use_cache=True, logits_to_keep=1).logits
 
-    def step_in_a_graph(batch: int, make: Callable[[nn.Module], nn.Module] = lambda model: model) -> float:
+    def step_in_a_graph(batch: int, make: Callable[[nn.Module], Any] = lambda model: model) -> float:
         step = Step(make(model), batch, device)
         if cuda:
             return graph_ms(step)

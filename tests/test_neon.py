@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 from foreign_cpu import COMPILER, LEVELS, QEMU, foreign_level
+
+# pytest collects here what is imported, with this module's levels: nothing else uses the names
 from test_cpu_int8 import (  # noqa: F401
     test_4bit_bytes,
     test_4bit_bytes_at_the_bounds,

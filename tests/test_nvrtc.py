@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
+import random
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fewbits.errors import FewbitsWarning
 from fewbits.kernels import nvrtc
@@ -120,6 +125,44 @@ late = [m for m in sys.modules if m in ("fewbits.kernels.cuda_backend", "fewbits
 assert not late, late
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Driver:
+    """Of a GPU whose memory is the host's, and of which torch has so many bytes more than it needs."""
+
+    def __init__(self, held):
+        self.held, self.pieces = held, []
+
+    def cuMemAlloc_v2(self, at, nbytes):
+        if self.held:
+            return 2  # CUDA_ERROR_OUT_OF_MEMORY
+        self.pieces.append(ctypes.create_string_buffer(nbytes.value))
+        at._obj.value = ctypes.addressof(self.pieces[-1])
+        return 0
+
+    def cuMemcpyHtoDAsync_v2(self, to, source, nbytes, stream):
+        ctypes.memmove(to.value, source.value, nbytes.value)
+        return 0
+
+    def __getattr__(self, name):
+        return lambda *arguments: 0
+
+
+@pytest.mark.parametrize("held", [0, 100])
+def test_memory_that_stays(held, monkeypatch):
+    driver = Driver(held)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "_on", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(nvrtc, "_arenas", {})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(driver, "held", 0))
+    texts = [random.randbytes(n) for n in (1, 256, 300, 3 << 20, 5)]
+    buffers = [ctypes.create_string_buffer(text, len(text)) for text in texts]
+    found = [nvrtc.resident(ctypes.addressof(buffer), len(buffer), 0) for buffer in buffers]
+    assert [ctypes.string_at(at, len(t)) for at, t in zip(found, texts, strict=True)] == texts
+    assert [b - a for a, b in itertools.pairwise(found[:3])] == [256, 256]
+    assert len(driver.pieces) == 3  # the large one has a piece of its own, the last one begins another
+    nvrtc.resident(found[0], 1, 1)  # as another device does
+    assert len(driver.pieces) == 4
 
 
 def test_every_kernel_waits_for_the_one_before():

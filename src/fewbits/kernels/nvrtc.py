@@ -305,8 +305,11 @@ def resident(source: int, nbytes: int, device: int) -> int:
     with _taking, _on(device):
         begin, left = _arenas.get(device, (0, 0))
         if left < size:
-            _check(driver.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(max(size, _ARENA_BYTES))), "GPU memory")
-            begin, left = at.value, max(size, _ARENA_BYTES)
+            left = max(size, _ARENA_BYTES)
+            if driver.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(left)):
+                torch.cuda.empty_cache()  # torch may hold all that is left, for itself
+                _check(driver.cuMemAlloc_v2(ctypes.byref(at), ctypes.c_size_t(left)), "GPU memory")
+            begin = at.value
         _arenas[device] = begin + size, left - size
         # the default stream waits for others, also for one that is captured
         _check(driver.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "a stream")
