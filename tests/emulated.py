@@ -101,7 +101,7 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "capture_id", lambda stream: 0)
     monkeypatch.setattr(cuda_plans, "limits", lambda device: limits)
-    monkeypatch.setattr(cuda_plans, "cache_bytes", lambda device: 0)  # x in 8 bits from 17 rows on
+    monkeypatch.setattr(cuda_plans, "most_clusters", lambda blocks, device: limits[0] // blocks)
     monkeypatch.setattr(cuda_plans, "_counters", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Emulated")
@@ -109,8 +109,9 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     caches = (
-        cuda_plans.made, cuda_plans.decode, cuda_plans.skinny, cuda_plans.wide, cuda_plans.dequantizer,
-        cuda_plans.values, ways._steps, ways._tuned,
+        cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant, cuda_plans.skinny, cuda_plans.skinny_variant,
+        cuda_plans.wide, cuda_plans.wide_variant, cuda_plans.dequantizer, cuda_plans.quickest, cuda_plans.values,
+        ways._steps, ways._tuned,
     )  # fmt: skip
     for cache in caches:
         cache.cache_clear()

@@ -94,6 +94,26 @@ def test_several_tiles_of_a_block(cuda, spec):
     check_product(cuda, "decode.cu", spec, 3, 160, 192, BF16)
 
 
+@pytest.mark.parametrize(
+    ("limits", "shape", "spec", "rows", "n", "k", "dtype", "bias"),
+    [
+        ((4, 230_000), (3, 1), QuantSpec("nf4", 64, True), 3, 130, 2112, BF16, BF16),
+        ((4, 230_000), (3, 2), QuantSpec("nf4", 64), 9, 90, 4160, FP16, None),  # one block of two has less to do
+        ((8, 230_000), (2, 4), QuantSpec("fp4", 32, True), 16, 64, 8192, BF16, torch.float32),
+        ((8, 230_000), (4, 4), QuantSpec("nf4", 64, True), 5, 70, 320, BF16, BF16),  # to some blocks nothing is left
+        ((6, 230_000), (5, 2), QuantSpec("nf4", 128, True), 1, 200, 4352, BF16, None),
+        ((4, 230_000), (4, 1), QuantSpec("int8"), 25, 200, 2064, BF16, BF16),
+        ((4, 230_000), (4, 2), QuantSpec("int8"), 32, 128, 4096, FP16, torch.float32),
+        ((2, 230_000), (2, 1), QuantSpec("int8"), 20, 130, 1040, BF16, None),  # several tiles a block
+    ],
+    ids=str,
+)
+def test_shapes_of_blocks(cuda, shape, spec, rows, n, k, dtype, bias, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "_decode_shape", lambda *_: cuda_plans.DecodeShape(*shape))
+    with use_way("decode"):
+        check_product(cuda, "decode.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
+
+
 def test_inputs_of_any_layout(cuda):
     q = quantized(QuantSpec("nf4", 64, True), 17, 64)
     wide = torch.randn(2, 3, 2, 100, dtype=BF16)
@@ -108,6 +128,13 @@ def test_inputs_of_any_layout(cuda):
         torch.randn(130, 100, dtype=BF16)[:, 3:67],
     ):
         check(product(cuda, x, q), x, q, None)
+
+
+@pytest.mark.parametrize("rows", [17, 32, 33, 64, 65, 128, 129, 256, 257])
+def test_the_quickest(cuda, rows):
+    """Whichever it is, for a weight without round numbers."""
+    q, x = quantized(QuantSpec("nf4", 64, True), 205, 448), torch.randn(rows, 448, dtype=BF16)
+    check(product(cuda, x, q), x, q, None)
 
 
 def test_what_is_not_served(cuda):
@@ -132,10 +159,28 @@ def test_what_is_not_served(cuda):
     ],
     ids=str,
 )
-def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
-    check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
+def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(2, 1))
+    with use_way("skinny"):
+        check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
     for counters in cuda_plans._counters.values():
         assert not counters.any()  # zeros for the next launch
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "rows", "n", "k", "dtype", "bias"),
+    [
+        ((2, 2), QuantSpec("nf4", 64, True), 17, 300, 1152, BF16, BF16),
+        ((2, 4), QuantSpec("fp4", 64), 30, 130, 576, FP16, torch.float32),  # blocks with a chunk, and with two
+        ((3, 8), QuantSpec("nf4", 128, True), 60, 200, 1024, BF16, None),
+        ((2, 4), QuantSpec("nf4", 64, True), 90, 128, 768, BF16, BF16),  # two tiles of x, the last of 26 rows
+    ],
+    ids=str,
+)
+def test_some_tens_of_rows_by_clusters(cuda, shape, spec, rows, n, k, dtype, bias, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(*shape))
+    with use_way("skinny"):
+        check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
 
 
 # ------------------------------------------------------------------------------------------------- wide.cu
@@ -154,10 +199,45 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias):
     ids=str,
 )
 def test_hundreds_of_rows(cuda, tile, spec, rows, n, k, dtype, bias, monkeypatch):
-    monkeypatch.setitem(cuda_plans._TILE_COSTS, 4, {tile: (1.0, 0.0)})
-    check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
+    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(tile, 2, 1))
+    with use_way("wide"):
+        check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
     for counters in cuda_plans._counters.values():
         assert not counters.any()
+
+
+@pytest.mark.parametrize(
+    ("limits", "shape", "spec", "rows", "n", "k", "dtype", "bias"),
+    [
+        ((4, 230_400), (128, 3, 1), QuantSpec("nf4", 64, True), 140, 300, 320, BF16, BF16),
+        ((5, 230_400), (128, 3, 1), QuantSpec("fp4", 64), 300, 210, 704, FP16, torch.float32),  # parts of tiles
+        ((4, 230_400), (128, 3, 4), QuantSpec("nf4", 64, True), 100, 200, 832, BF16, None),  # one block has no row of x
+        ((8, 230_400), (128, 2, 4), QuantSpec("nf4", 128, True), 200, 140, 512, FP16, FP16),
+        ((4, 230_400), (256, 2, 2), QuantSpec("nf4", 64), 300, 150, 320, BF16, BF16),
+    ],
+    ids=str,
+)
+def test_hundreds_of_rows_by_shapes(cuda, shape, spec, rows, n, k, dtype, bias, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(*shape))
+    with use_way("wide"):
+        check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
+    for counters in cuda_plans._counters.values():
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("columns", [0, 3, 70], ids=lambda n: f"{n}_columns_with_outliers")
+@pytest.mark.parametrize(
+    ("shape", "rows", "n", "k", "dtype"),
+    [((64, 2, 2), 40, 200, 272, BF16), ((128, 2, 4), 100, 33, 640, FP16), ((256, 2, 2), 300, 140, 320, BF16)],
+    ids=str,
+)
+def test_rows_of_x_in_8_bits_by_clusters(cuda, shape, rows, n, k, dtype, columns, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(*shape))
+    q, x, bias = quantized(QuantSpec("int8"), n, k), torch.randn(rows, k, dtype=dtype), torch.randn(n)
+    x[:, torch.randperm(k)[:columns]] *= 5
+    out = product(cuda, x, q, bias)
+    check(out, x, q, bias)
+    assert torch.equal(product(cuda, x, q, bias), out)
 
 
 @pytest.mark.parametrize("columns", [0, 3, 16, 70], ids=lambda n: f"{n}_columns_with_outliers")
@@ -173,7 +253,7 @@ def test_hundreds_of_rows(cuda, tile, spec, rows, n, k, dtype, bias, monkeypatch
     ids=str,
 )
 def test_rows_of_x_in_8_bits(cuda, tile, rows, n, k, dtype, columns, monkeypatch):
-    monkeypatch.setitem(cuda_plans._TILE_COSTS, 8, {tile: (1.0, 0.0)})
+    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(tile, 2, 1))
     q, x, bias = quantized(QuantSpec("int8"), n, k), torch.randn(rows, k, dtype=dtype), torch.randn(n)
     x[:, torch.randperm(k)[:columns]] *= 5
     x[-1, : columns and 3] = 9.0
@@ -346,9 +426,11 @@ def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
     sizes = {"decode.cu": (3, 160, 2112), "skinny_4bit.cu": (17, 300, 1152), "wide.cu": (140, 140, 2048)}
     rows, n, k = sizes[changed]
     q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
+    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(2, 1))
     for _ in range(10):
         try:
-            check(product(cuda, x, q), x, q, None)
+            with use_way(changed.split(".")[0].split("_")[0]):
+                check(product(cuda, x, q), x, q, None)
         except (AssertionError, EmulatorError):
             return
     pytest.fail(f"the changed kernel passes, {Kernel.launched}")

@@ -14,7 +14,7 @@ from test_cli import MODEL, _run
 from fewbits import bench
 from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.formats import QuantSpec
-from fewbits.kernels import cuda_backend, ways
+from fewbits.kernels import cuda_backend, cuda_plans, ways
 from fewbits.kernels.ways import MOST, TABLE, WAYS, keep, tuned_file, use_way
 from fewbits.tensor import QuantTensor
 
@@ -29,29 +29,47 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: found["name"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found["capability"])
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
+    # of an H200
+    monkeypatch.setattr(cuda_plans, "limits", lambda device: (132, 230_400))
+    monkeypatch.setattr(cuda_plans, "most_clusters", lambda blocks, device: {2: 66, 4: 30, 8: 15}[blocks])
+    cuda_plans.quickest.cache_clear()
     ways.forget()
     yield found
+    cuda_plans.quickest.cache_clear()
     ways.forget()
 
 
-def first(kind, rows, n=4096, k=4096, cached=False):
-    return ways.ways(kind, n, k, rows, cached, 0)[0]
+def first(kind, rows, n=4096, k=4096):
+    return ways.ways(kind, n, k, rows, 0)[0]
 
 
 def test_every_table_covers_all_rows_with_known_ways():
     for table in (*TABLE.values(), ways._OTHERS):
-        assert set(table) == {"4-bit", "int8", "int8 in the cache"}
+        assert set(table) == {"4-bit", "int8"}
         for steps in table.values():
-            assert ways._checked([[up_to, way] for up_to, way in steps]) == steps
+            named = tuple((up_to, "skinny" if way == ways.QUICKEST else way) for up_to, way in steps)
+            assert ways._checked([[up_to, way] for up_to, way in named]) == named
 
 
 def test_a_gpu_that_is_not_in_the_table_takes_ways_for_any(gpu):
-    assert [first("4-bit", m) for m in (1, 16, 17, 64, 65, 5000)] == [
-        "decode", "decode", "skinny", "skinny", "wide", "dequantize",
-    ]  # fmt: skip
+    assert [first("4-bit", m) for m in (1, 16, 64, 257, 5000)] == ["decode", "decode", "skinny", "wide", "dequantize"]
     gpu["capability"] = (12, 0)
     ways.forget()
     assert {first(kind, m) for kind in ("4-bit", "int8") for m in (1, 17, 65, 5000)} == {"decode", "dequantize"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "way"),
+    [
+        (16, 4096, 14336, "decode"), (16, 28672, 4096, "decode"), (16, 13824, 5120, "skinny"),
+        (24, 4096, 4096, "decode"), (32, 1024, 4096, "decode"), (24, 6144, 4096, "decode"), (24, 5120, 5120, "skinny"),
+        (32, 6144, 4096, "skinny"), (32, 28672, 4096, "skinny"), (32, 4096, 14336, "skinny"),
+        (64, 4096, 14336, "skinny"), (128, 4096, 4096, "skinny"), (128, 1024, 4096, "skinny"),
+        (128, 4096, 14336, "wide"), (128, 28672, 4096, "wide"), (256, 6144, 4096, "wide"),
+    ],
+)  # fmt: skip
+def test_the_quickest_is_what_was_measured_to_be(gpu, rows, n, k, way):
+    assert first("4-bit", rows, n, k) == way
 
 
 def test_many_rows_go_where_tiles_fill_the_gpu(gpu, monkeypatch):
@@ -134,7 +152,7 @@ def test_every_way_is_right_where_it_serves(cuda, spec, way):
         if out is not NotImplemented:
             served.append(rows)
             check(out, x, q, None, weight_rounded=way in ("wide", "dequantize"), x_in_8_bits=way == "wide")
-    expected = {"decode": [1]} if spec.format == "nf4" else {"skinny": [], "dequantize": [1, 17]}
+    expected = {"decode": [1, 17]} if spec.format == "nf4" else {"skinny": [], "dequantize": [1, 17]}
     assert served == expected.get(way, [1, 17, 70])
 
 

@@ -137,10 +137,7 @@ def _timing(shape: tuple[int, int], x: Tensor, plain: list[Tensor], quantized: l
 
 
 def _taken(shape: tuple[int, int], x: Tensor, weight: QuantTensor) -> str:
-    from fewbits.kernels import cuda_plans
-
-    cached = weight.packed.nbytes <= cuda_plans.cache_bytes(x.get_device())
-    return ways(_kind(weight.spec), *shape, len(x), cached, x.get_device())[0]
+    return ways(_kind(weight.spec), *shape, len(x), x.get_device())[0]
 
 
 def _way_us(way: str, x: Tensor, quantized: list[QuantTensor]) -> float | None:

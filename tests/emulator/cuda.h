@@ -5,12 +5,14 @@
 // besides, in an order that a seed decides: lanes of a warp are not in step, warps run ahead or are left behind. What
 // the hardware does on its own happens as late as it is allowed to, or at once, as the seed decides: asynchronous
 // copies and products of a warpgroup, until they are waited for; boxes, until threads can but wait for them, in any
-// order. Until then what they write is NaN, and so is the dynamic shared memory that a block finds: as integers -1, and
-// for sums of integers a number that is unlikely. Blocks run one after the other, in any order.
+// order; writes to another block's memory, until that may be told of them. Until then what they write is NaN, and so is
+// the dynamic shared memory that a block finds: as integers -1, and for sums of integers a number that is unlikely.
+// Blocks run one after the other, in any order; those of a cluster take turns, each in a thread of its own.
 //
 // So a wait or a barrier that is missing gives wrong results with most seeds. What cannot be right under any is
 // reported: reads and writes that are not aligned, or outside an array (as -fsanitize finds them), x read before the
-// previous kernel has ended, dynamic shared memory written past its end, threads that wait forever.
+// previous kernel has ended, dynamic shared memory written past its end, or of a block that has not begun or has ended,
+// threads that wait forever.
 //
 // Not seen: what goes wrong only while two blocks run at once; two threads that write or read the same place between
 // the same barriers, where the order does not change the result; reads of global memory past a tensor's end.
@@ -103,9 +105,14 @@ struct Product {
 };
 struct Sums { int products; std::vector<u32> values; };  // that so many products are still to change
 
+struct Store { u8* to; int bytes; u8 value[16]; };  // to another block's shared memory
+
 struct Fiber {
   ucontext_t context;
   bool ended, previous_ended;                // the thread; for all it knows, the kernel before
+  bool arrived;                              // in the cluster, and has not waited
+  int meeting;                               // of the cluster's, in which it arrived
+  std::vector<Store> stores;                 // that nobody may know of yet
   bool (*may_go_on)(void* condition);        // null where it does not wait
   void* condition;
   std::vector<Copy> copies;                  // not committed
@@ -129,22 +136,40 @@ struct Chance {  // xorshift: any number that is not 0 is a seed
 
 struct Meeting { int come = 0, number = 0; };  // threads that have come, and how often all had
 
-static Fiber fibers[MOST_THREADS];
-static char* stacks[MOST_THREADS];
-static ucontext_t scheduler;
+struct Block {
+  unsigned index_x, index_y;
+  Fiber fibers[MOST_THREADS];
+  ucontext_t scheduler;
+  Meeting block_meeting, consumers_meeting, warp_meetings[MOST_THREADS / 32];
+  u32 exchanged[MOST_THREADS][6];         // what lanes show each other
+  size_t groups_done[MOST_THREADS / 128];  // of a warpgroup's products
+  u8 seen_by_matrix_units[ALL_SHARED];    // shared memory as they see it
+  std::vector<Box> boxes;                 // that have not come
+  u8* memory;                             // its shared memory: null before it begins, and once it has ended
+  bool ended;
+};
+
+// Blocks that run at the same time: of their threads one at a time does.
+struct Cluster {
+  std::vector<Block*> blocks;
+  size_t turn;       // whose it is
+  int idle, live;    // rounds in which nothing happened; threads that have not ended
+  Meeting meeting;
+};
+
+static Block* block;  // whose turn it is
+static Cluster cluster;
+static pthread_mutex_t taking_turns = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t next_turn = PTHREAD_COND_INITIALIZER;
+static std::vector<char*> stacks;  // that nobody uses
 static int threads, current, shared_bytes;
 static const char* failure;
 static Chance chance;
-static Meeting block_meeting, consumers_meeting, warp_meetings[MOST_THREADS / 32];
-static u32 exchanged[MOST_THREADS][6];           // what lanes show each other
-static size_t groups_done[MOST_THREADS / 128];   // of a warpgroup's products
-static u8 seen_by_matrix_units[ALL_SHARED];      // shared memory as they see it
-static std::vector<Box> boxes;                   // that have not come
-static const char *late_begin, *late_end;        // what the previous kernel may still write to
+static const char *late_begin, *late_end;  // what the previous kernel may still write to
 
 static bool one_in(unsigned count) { return chance() % count == 0; }
-static Fiber& own() { return fibers[current]; }
-static void yield() { swapcontext(&own().context, &scheduler); }
+static Fiber& own() { return block->fibers[current]; }
+static void yield() { swapcontext(&own().context, &block->scheduler); }
 static void perhaps_yield() { if (one_in(8)) yield(); }
 
 [[noreturn]] static void fail(const char* why) {
@@ -171,14 +196,14 @@ static void meet(Meeting& meeting, int count) {
   wait_until([&] { return meeting.number != number; });
 }
 
-static void meet_warp() { meet(warp_meetings[current / 32], 32); }
+static void meet_warp() { meet(block->warp_meetings[current / 32], 32); }
 
 // Each lane of a warp gives some words; then a lane computes from all of them.
 template <typename Compute>
 auto exchange(std::initializer_list<u32> words, Compute compute) {
-  std::copy(words.begin(), words.end(), exchanged[current]);
+  std::copy(words.begin(), words.end(), block->exchanged[current]);
   meet_warp();
-  const auto out = compute(exchanged + current / 32 * 32);
+  const auto out = compute(block->exchanged + current / 32 * 32);
   meet_warp();
   return out;
 }
@@ -211,7 +236,7 @@ extern "C" void __ubsan_handle_type_mismatch_v1_abort(void*, void*) {
 }
 extern "C" void __ubsan_handle_out_of_bounds_abort(void*, void*) { emulated::fail("an index outside an array"); }
 
-inline void __syncthreads() { emulated::meet(emulated::block_meeting, emulated::threads); }
+inline void __syncthreads() { emulated::meet(emulated::block->block_meeting, emulated::threads); }
 inline void __syncwarp() { emulated::meet_warp(); emulated::perhaps_yield(); }
 
 // the first THREADS threads wait for each other
@@ -219,7 +244,7 @@ template <int THREADS>
 void meet_consumers() {
   using namespace emulated;
   if (current >= THREADS) fail("a thread is at a barrier of others");
-  meet(consumers_meeting, THREADS);
+  meet(block->consumers_meeting, THREADS);
 }
 
 template <typename Value>
@@ -332,7 +357,7 @@ namespace emulated {
 // NaN, for both who read shared memory, until a copy has come
 static void forget(u32 at) {
   std::memset(shared + at, 0xFF, 16);
-  std::memset(seen_by_matrix_units + at, 0xFF, 16);
+  std::memset(block->seen_by_matrix_units + at, 0xFF, 16);
 }
 
 static void complete(Copy& copy) {
@@ -344,8 +369,8 @@ static void complete(Copy& copy) {
 
 // one of the boxes, in any order
 static void box_comes(size_t index) {
-  const Box box = boxes[index];
-  boxes.erase(boxes.begin() + index);
+  const Box box = block->boxes[index];
+  block->boxes.erase(block->boxes.begin() + index);
   const Matrix& of = box.of;
   const int item = (int)of.item_bytes, row_bytes = (int)of.box_columns * item;
   const int begin = max(box.column, 0), end = min(box.column + (int)of.box_columns, (int)of.columns);
@@ -359,7 +384,7 @@ static void box_comes(size_t index) {
       u32 at = box.to + row * row_bytes + i;
       if (row_bytes >= 64) at ^= (at >> 7 & (row_bytes == 64 ? 3 : 7)) << 4;
       std::memcpy(shared + at, bytes + i, 16);
-      std::memcpy(seen_by_matrix_units + at, bytes + i, 16);
+      std::memcpy(block->seen_by_matrix_units + at, bytes + i, 16);
     }
   }
   box.at->count(0, -(int)of.box_rows * row_bytes);
@@ -423,8 +448,8 @@ void copy_box(u32 to, const Map& map, int column, int row, Barrier& barrier) {
   const int first = max(row, 0), last = min(row + (int)of.box_rows, (int)of.rows) - 1;
   if (first <= last) check_late((const u8*)of.pointer + first * of.stride, (last - first) * of.stride + 1);
   for (u32 i = 0; i < bytes; i += 16) forget(to + i);
-  boxes.push_back(box);
-  if (one_in(2)) box_comes(boxes.size() - 1);
+  block->boxes.push_back(box);
+  if (one_in(2)) box_comes(block->boxes.size() - 1);
   perhaps_yield();
 }
 
@@ -435,6 +460,8 @@ void fetch_box(const Map& map, int, int) {
   std::memcpy(&of, &map, sizeof of);
   emulated::check_late((const u8*)of.pointer, of.rows * of.stride);
 }
+
+inline void fetch(const void*) {}
 
 inline uint4 load_16_bytes(const void* pointer) {
   emulated::check_read(pointer);
@@ -458,6 +485,57 @@ inline void store_for_matrix_units(u32 to, uint4 value) {
 }
 
 inline void wait_for_previous_kernel() { emulated::own().previous_ended = true; }
+
+namespace emulated {
+
+// others may know of what a thread wrote to their memory
+static void show_stores() {
+  for (const Store& store : own().stores) std::memcpy(store.to, store.value, store.bytes);
+  own().stores.clear();
+}
+
+static void end_meeting_of_cluster() {
+  if (cluster.live > 0 && cluster.meeting.come == cluster.live) cluster.meeting.come = 0, cluster.meeting.number++;
+}
+
+}  // namespace emulated
+
+#define OF_CLUSTER
+
+inline void arrive_in_cluster() {
+  using namespace emulated;
+  if (own().arrived) fail("a thread arrives again without waiting");
+  show_stores();
+  own().arrived = true;
+  own().meeting = cluster.meeting.number;
+  cluster.meeting.come++;
+  end_meeting_of_cluster();
+  perhaps_yield();
+}
+inline void wait_for_cluster() {
+  using namespace emulated;
+  if (!own().arrived) fail("a thread waits for others without having arrived");
+  wait_until([] { return cluster.meeting.number != own().meeting; });
+  own().arrived = false;
+}
+
+constexpr int RANK_BITS = 20;  // above an address in a block's memory
+inline u32 address_in_cluster(const void* pointer, u32 rank) { return shared_address(pointer) | (rank + 1) << RANK_BITS; }
+
+template <typename Value>
+void store_in_cluster(u32 to, Value value) {
+  using namespace emulated;
+  const u32 at = to & ((1 << RANK_BITS) - 1), rank = (to >> RANK_BITS) - 1;
+  if (rank >= cluster.blocks.size()) fail("a write to a block that is none of the cluster");
+  u8* memory = cluster.blocks[rank]->memory;
+  if (!memory) fail("a write to the memory of a block that has not begun, or has ended");
+  if (at % sizeof value || at + sizeof value > (u32)shared_bytes)
+    fail("a write to an address that is not aligned, or not in shared memory");
+  Store store = {memory + at, sizeof value};
+  std::memcpy(store.value, &value, sizeof value);
+  own().stores.push_back(store);
+  if (one_in(2)) show_stores();
+}
 
 inline u32 count_up(u32* counter, u32 others) {
   const u32 before = *counter;
@@ -508,8 +586,8 @@ inline u32 transposed(u32 pair) {
 namespace emulated {
 
 static bool all_committed(int warpgroup, size_t group) {
-  return std::all_of(fibers + warpgroup * 128, fibers + warpgroup * 128 + 128,
-                     [&](const Fiber& fiber) { return fiber.groups.size() > group; });
+  const Fiber* of = block->fibers + warpgroup * 128;
+  return std::all_of(of, of + 128, [&](const Fiber& fiber) { return fiber.groups.size() > group; });
 }
 
 // rows of 32 bytes that the descriptor finds
@@ -522,7 +600,7 @@ static void read_operand(u64 descriptor, int rows, u8 (*out)[32]) {
     for (int piece = 0; piece < 2; piece++) {
       u32 at = begin + row / 8 * 1024 + row % 8 * 128 + piece * 16;
       at ^= (at >> 7 & 7) << 4;  // the eight pieces of 128 bytes are permuted
-      std::memcpy(out[row] + piece * 16, seen_by_matrix_units + at, 16);
+      std::memcpy(out[row] + piece * 16, block->seen_by_matrix_units + at, 16);
     }
 }
 
@@ -570,8 +648,8 @@ void multiply_rows(Fiber* of, size_t group, size_t step) {
 }
 
 static void complete_groups(int warpgroup, size_t count) {
-  Fiber* of = fibers + warpgroup * 128;
-  for (size_t& done = groups_done[warpgroup]; done < count && all_committed(warpgroup, done); done++) {
+  Fiber* of = block->fibers + warpgroup * 128;
+  for (size_t& done = block->groups_done[warpgroup]; done < count && all_committed(warpgroup, done); done++) {
     const std::vector<Product>& products = of[0].groups[done];
     for (int thread = 1; thread < 128; thread++)
       if (!std::equal(products.begin(), products.end(), of[thread].groups[done].begin(), of[thread].groups[done].end(),
@@ -626,7 +704,7 @@ void wait_for_products() {
   const size_t wanted = max(own().groups.size(), (size_t)PENDING) - PENDING;
   wait_until([&] {
     complete_groups(current / 128, wanted);
-    return groups_done[current / 128] >= wanted;
+    return block->groups_done[current / 128] >= wanted;
   });
 }
 
@@ -637,7 +715,7 @@ void sums_are_there(int (&)[SUMS]) {}
 
 inline void show_matrix_units() {
   using namespace emulated;
-  for (const u32 at : own().unseen) std::memcpy(seen_by_matrix_units + at, shared + at, 16);
+  for (const u32 at : own().unseen) std::memcpy(block->seen_by_matrix_units + at, shared + at, 16);
   own().unseen.clear();
 }
 
@@ -650,28 +728,34 @@ static void (*thread_of_kernel)();
 static void begin_fiber() {
   thread_of_kernel();
   own().ended = true;
+  cluster.live--;
+  if (own().arrived) cluster.meeting.come--;
+  end_meeting_of_cluster();
   while (true) yield();
 }
 
-static void run_block() {
-  std::memset(shared, 0xFF, sizeof shared);
-  std::memset(seen_by_matrix_units, 0xFF, sizeof seen_by_matrix_units);
-  block_meeting = consumers_meeting = {};
-  boxes.clear();
-  for (Meeting& meeting : warp_meetings) meeting = {};
-  std::fill(std::begin(groups_done), std::end(groups_done), 0);
-  for (int i = 0; i < threads; i++) {
-    Fiber& fiber = fibers[i];
-    fiber = Fiber{};
-    if (!stacks[i]) stacks[i] = new char[STACK];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks[i];
-    fiber.context.uc_stack.ss_size = STACK;
-    makecontext(&fiber.context, begin_fiber, 0);
-  }
+// Another block goes on, and this one when it is its turn again.
+static void give_turn() {
+  Block* const own = block;
+  const size_t count = cluster.blocks.size(), first = chance() % count;
+  size_t rank = 0;
+  while (cluster.blocks[rank] != own) rank++;
+  for (size_t i = 0; i < count; i++)
+    if (const size_t other = (first + i) % count; other != rank && !cluster.blocks[other]->ended) {
+      cluster.turn = other;
+      pthread_cond_broadcast(&next_turn);
+      if (own->ended) return;
+      while (cluster.turn != rank) pthread_cond_wait(&next_turn, &taking_turns);
+      block = own;
+      blockIdx = {own->index_x, own->index_y, 0};
+      return;
+    }
+}
+
+static void run_threads() {
   const int warps = threads / 32;
-  int left_behind = -1, idle = 0;
-  while (!std::all_of(fibers, fibers + threads, [](const Fiber& fiber) { return fiber.ended; })) {
+  int left_behind = -1;
+  while (!std::all_of(block->fibers, block->fibers + threads, [](const Fiber& fiber) { return fiber.ended; })) {
     bool idle_round = true;  // no thread may go on, and nothing comes
     if (one_in(8)) left_behind = one_in(2) ? (int)(chance() % warps) : -1;
     for (int turn = 0; turn < warps; turn++) {
@@ -682,23 +766,57 @@ static void run_block() {
         if (own().ended) continue;
         if (!own().may_go_on || own().may_go_on(own().condition)) {
           threadIdx.x = current;
-          swapcontext(&scheduler, &own().context);
+          swapcontext(&block->scheduler, &own().context);
           idle_round = false;
         }
         if (failure) return;
       }
     }
-    if (!boxes.empty() && (idle_round || one_in(8))) {
-      box_comes(chance() % boxes.size());
+    if (!block->boxes.empty() && (idle_round || one_in(8))) {
+      box_comes(chance() % block->boxes.size());
       idle_round = false;
     }
     if (failure) return;
-    idle = idle_round ? idle + 1 : 0;
-    if (idle > 2000) return void(failure = "threads wait forever");
+    cluster.idle = idle_round ? cluster.idle + 1 : 0;
+    if (cluster.idle > 2000) return void(failure = "threads wait forever");
+    if (idle_round || one_in(8)) give_turn();
+    if (failure) return;
   }
-  if (!boxes.empty()) return void(failure = "a block ends before its boxes have come");
+}
+
+static void run_block() {
+  std::memset(shared, 0xFF, sizeof shared);
+  std::memset(block->seen_by_matrix_units, 0xFF, sizeof block->seen_by_matrix_units);
+  block->memory = shared;
+  for (int i = 0; i < threads; i++) {
+    Fiber& fiber = block->fibers[i];
+    getcontext(&fiber.context);
+    if (stacks.empty()) stacks.push_back(new char[STACK]);
+    fiber.context.uc_stack.ss_sp = stacks.back();
+    fiber.context.uc_stack.ss_size = STACK;
+    stacks.pop_back();
+    makecontext(&fiber.context, begin_fiber, 0);
+  }
+  run_threads();
+  for (int i = 0; i < threads; i++) stacks.push_back((char*)block->fibers[i].context.uc_stack.ss_sp);
+  block->memory = nullptr;
+  if (failure) return;
+  if (!block->boxes.empty()) return void(failure = "a block ends before its boxes have come");
   for (int i = shared_bytes; i < ALL_SHARED; i++)
     if (shared[i] != 0xFF) return void(failure = "shared memory is written past its end");
+}
+
+static void* run_in_turns(void* of) {
+  Block* const own = (Block*)of;
+  pthread_mutex_lock(&taking_turns);
+  while (cluster.blocks[cluster.turn] != own) pthread_cond_wait(&next_turn, &taking_turns);
+  block = own;
+  blockIdx = {own->index_x, own->index_y, 0};
+  run_block();
+  own->ended = true;
+  give_turn();
+  pthread_mutex_unlock(&taking_turns);
+  return nullptr;
 }
 
 // x may be written by the kernel before
@@ -722,15 +840,29 @@ const char* launch(const void* arguments, size_t bytes, int grid_x, int grid_y, 
   failure = nullptr;
   chance.state = seed * 2 + 1;
   gridDim = {(unsigned)grid_x, (unsigned)grid_y, 1};
-  std::vector<int> blocks(grid_x * grid_y);
-  for (size_t i = 0; i < blocks.size(); i++) blocks[i] = (int)i;
-  std::shuffle(blocks.begin(), blocks.end(), chance);
-  for (const int index : blocks) {
-    blockIdx = {(unsigned)(index % grid_x), (unsigned)(index / grid_x), 0};
-    pthread_t thread;
-    auto run = [](void*) -> void* { return run_block(), nullptr; };
-    if (pthread_create(&thread, nullptr, run, nullptr)) return "no thread";
-    pthread_join(thread, nullptr);
+#ifdef SPLIT
+  const int of_cluster = SPLIT;
+#else
+  const int of_cluster = 1;
+#endif
+  if (grid_x % of_cluster) return "the grid is no multiple of a cluster's blocks";
+  std::vector<int> clusters(grid_x / of_cluster * grid_y);
+  for (size_t i = 0; i < clusters.size(); i++) clusters[i] = (int)i;
+  std::shuffle(clusters.begin(), clusters.end(), chance);
+  for (const int index : clusters) {
+    cluster = {};
+    cluster.turn = chance() % of_cluster;
+    cluster.live = threads * of_cluster;
+    for (int i = 0; i < of_cluster; i++) {
+      cluster.blocks.push_back(new Block());
+      cluster.blocks[i]->index_x = index % (grid_x / of_cluster) * of_cluster + i;
+      cluster.blocks[i]->index_y = index / (grid_x / of_cluster);
+    }
+    std::vector<pthread_t> running(of_cluster);
+    for (int i = 0; i < of_cluster; i++)
+      if (pthread_create(&running[i], nullptr, run_in_turns, cluster.blocks[i])) return "no thread";
+    for (const pthread_t thread : running) pthread_join(thread, nullptr);
+    for (Block* ended : cluster.blocks) delete ended;
     if (failure) return failure;
   }
   return nullptr;

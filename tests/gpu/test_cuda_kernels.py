@@ -363,7 +363,7 @@ def test_a_damaged_cache_is_compiled_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
     from fewbits.kernels import cuda_plans
 
-    caches = nvrtc.kernel, cuda_plans.made, cuda_plans.decode
+    caches = nvrtc.kernel, cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant
 
     q, x = quantized(QuantSpec("nf4"), 64, 64), torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
     try:

@@ -3,11 +3,12 @@
 What is not served here (other dtypes, rows that are not whole blocks, more rows of x, an older GPU) is left to the
 next backend, by returning ``NotImplemented``. Layouts are those of :mod:`fewbits.kernels.reference`.
 
-4 bits: up to 64 rows of x, values of codes are rounded to x's dtype, products are exact, sums and scales in fp32, and
-the output is rounded once; with more rows it is the weight that is rounded, and from some point on torch multiplies.
-8 bits: up to 16 rows, or 32 with a weight that the cache holds, the weight alone is quantized; with more, x is as well
-(LLM.int8(), where its threshold is above 0), products and sums are exact, and the output is rounded once; unless
-more than 16 columns have outliers: then the weight alone is again. The same inputs give the same bits every time.
+4 bits: up to 64 rows of x (256 with small weights), values of codes are rounded to x's dtype, products are exact, sums
+and scales in fp32, and the output is rounded once; with more rows it is the weight that is rounded, and from some point
+on torch multiplies.
+8 bits: up to 32 rows the weight alone is quantized; with more, x is as well (LLM.int8(), where its threshold
+is above 0), products and sums are exact, and the output is rounded once; unless more than 16 columns have outliers:
+then the weight alone is again. The same inputs give the same bits every time.
 """
 
 from __future__ import annotations
@@ -221,22 +222,22 @@ class _Product(NamedTuple):
         self,
         kernel: Kernel,
         grid: tuple[int, int],
-        x_MK: Tensor,
+        x: _Rows,
         table: Tensor,
         more: tuple[int, ...] = (),
         maps: tuple[bytes, ...] = (),
     ) -> Tensor:
-        out = torch.empty((*self.x.shape[:-1], self.n), dtype=self.x.dtype, device=self.x.device)
+        out = self.x.new_empty((*self.x.shape[:-1], self.n))
         tables = *self.scales.pointers(), table.data_ptr()
         absmax = self.scales.absmax
-        return _run(kernel, *grid, x_MK, out, self.packed, absmax, tables, self.bias, self.n, self.k, more, maps)
+        return _run(kernel, *grid, x, out, self.packed, absmax, tables, self.bias, self.n, self.k, more, maps)
 
 
 def _decode_4bit(product: _Product) -> Any:
     bf16, block_size, nested, index = product.kind()
     if product.rows > plans.FEW_ROWS:
         return NotImplemented
-    found = plans.decode(product.n, product.k, 1 if product.rows <= 8 else 2, bf16, 4, block_size, nested, index)
+    found = plans.decode(product.n, product.k, -(-product.rows // 8), bf16, 4, block_size, nested, index)
     if found is None:
         return NotImplemented
     table = plans.pairs(product.format, product.x.dtype, product.x.device)
@@ -245,7 +246,7 @@ def _decode_4bit(product: _Product) -> Any:
 
 def _skinny_4bit(product: _Product) -> Any:
     bf16, block_size, nested, index = product.kind()
-    skinny = plans.skinny(product.n, product.k, 32 if product.rows <= 32 else 64, bf16, block_size, nested, index)
+    skinny = plans.skinny(product.rows, product.n, product.k, bf16, block_size, nested, index)
     if skinny is None:
         return NotImplemented
     device, x_tiles = product.x.device, -(-product.rows // skinny.tile_m)
@@ -253,12 +254,12 @@ def _skinny_4bit(product: _Product) -> Any:
     counters = plans.counters_for(device, torch._C._cuda_getCurrentRawStream(index), x_tiles * skinny.tiles)
     table = plans.pairs(product.format, product.x.dtype, device)
     more = sums.data_ptr(), counters.data_ptr()
-    n, k, x_MK = product.n, product.k, _rows(product.x, product.k)
+    n, k, x = product.n, product.k, _rows(product.x, product.k)
     maps = (
-        nvrtc.tensor_map(x_MK.data_ptr(), 2, product.rows, k, x_MK.stride(0) * 2, skinny.tile_m, 64),
+        nvrtc.tensor_map(x.pointer, 2, product.rows, k, x.stride * 2, skinny.tile_m, 64),
         nvrtc.tensor_map(product.packed.data_ptr(), 1, n, k // 2, k // 2, skinny.rows, 64),
     )
-    return product.run(skinny.kernel, (skinny.blocks, x_tiles), x_MK, table, more, maps)
+    return product.run(skinny.kernel, (skinny.blocks, x_tiles), x, table, more, maps)
 
 
 def _wide_4bit(product: _Product) -> Any:
@@ -267,14 +268,14 @@ def _wide_4bit(product: _Product) -> Any:
     wide = plans.wide(rows, n, k, bf16, 4, block_size, nested, index)
     if wide is None:
         return NotImplemented
-    x_MK = _rows(product.x, k)
+    x = _rows(product.x, k)
     maps = (
-        nvrtc.tensor_map(x_MK.data_ptr(), 2, rows, k, x_MK.stride(0) * 2, wide.tile_m, 64),
-        nvrtc.tensor_map(product.packed.data_ptr(), 1, n, k // 2, k // 2, plans.WIDE_ROWS, 32),
+        nvrtc.tensor_map(x.pointer, 2, rows, k, x.stride * 2, wide.shape.tile_m, 64),
+        nvrtc.tensor_map(product.packed.data_ptr(), 1, n, k // 2, k // 2, wide.rows, 32),
     )
     sums, counters = wide.memory(device)
     more = sums.data_ptr(), counters.data_ptr()
-    return product.run(wide.kernel, (wide.blocks, 1), x_MK, plans.values(product.format, device), more, maps)
+    return product.run(wide.kernel, (wide.blocks, 1), x, plans.values(product.format, device), more, maps)
 
 
 def _dequantize_and_multiply(product: _Product) -> Any:
@@ -308,7 +309,7 @@ def linear_4bit(
         return NotImplemented
     scales = _scales(absmax, nested_absmax, nested_offset)
     product = _Product(x, packed, scales, bias, format, block_size, n, k, rows)
-    for way in ways("4-bit", n, k, rows, False, x.get_device()):
+    for way in ways("4-bit", n, k, rows, x.get_device()):
         out = _WAYS_4BIT[way](product)
         if out is not NotImplemented:
             return out
@@ -348,7 +349,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
         return NotImplemented
     bf16, index = x.dtype is torch.bfloat16, x.get_device()
     absmax = _aligned(absmax)
-    for way in ways("int8", n, k, rows, n * k <= plans.cache_bytes(index), index):
+    for way in ways("int8", n, k, rows, index):
         wide = plans.wide(rows, n, k, bf16, 8, 64, False, index) if way == "wide" and threshold > 0 else None
         if wide is not None:
             return _linear_of_quantized(wide, x, q, absmax, bias, threshold)
@@ -358,16 +359,19 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
 
 
 def _decode_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, n: int, k: int, rows: int) -> Any:
-    """The weight is read once for each 16 rows."""
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    x_MK, out_MN = _rows(x, k), out.view(rows, n)
-    for first in range(0, rows, plans.FEW_ROWS):
-        count = min(plans.FEW_ROWS, rows - first)
-        plan = plans.decode(n, k, 1 if count <= 8 else 2, x.dtype is torch.bfloat16, 8, 64, False, x.get_device())
+    """The weight is read once for each 32 rows."""
+    bf16, index, most = x.dtype is torch.bfloat16, x.get_device(), plans.FEW_ROWS
+    out, all_rows = x.new_empty((*x.shape[:-1], n)), _rows(x, k)
+    for first in range(0, rows, most):
+        count = min(most, rows - first)
+        plan = plans.decode(n, k, -(-count // 8), bf16, 8, 64, False, index)
         if plan is None:
             return NotImplemented
-        part = slice(first, first + count)
-        _run(plan[0], plan[1], 1, x_MK[part], out_MN[part], q, absmax, (0, 0, 0, 0), bias, n, k)
+        part, part_out = all_rows, out
+        if rows > most:
+            pointer = all_rows.pointer + first * all_rows.stride * x.element_size()
+            part, part_out = all_rows._replace(pointer=pointer, rows=count), out.view(rows, n)[first : first + count]
+        _run(plan[0], plan[1], 1, part, part_out, q, absmax, (0, 0, 0, 0), bias, n, k)
     return out
 
 
@@ -376,47 +380,60 @@ def _linear_of_quantized(
 ) -> Any:
     """Rows of x are quantized and columns with outliers found, and then all multiplied: two launches."""
     (n, k), device, index = q.shape, x.device, x.get_device()
-    x_MK = _rows(x, k)
-    rows, words = x_MK.shape[0], -(-k // 32)
+    from_x = _rows(x, k)
+    rows, words = from_x.rows, -(-k // 32)
     quantize = plans.made(
         "quantize_rows.cu", (("BF16", int(x.dtype is torch.bfloat16)),), index, "5Pq2if", 256, words * 4
     )
     if quantize is None:
         return NotImplemented
     codes = torch.empty(rows, k, dtype=torch.int8, device=device)
-    scales = torch.empty(-(-rows // wide.tile_m) * wide.tile_m, dtype=torch.float32, device=device)
+    scales = torch.empty(-(-rows // wide.shape.tile_m) * wide.shape.tile_m, dtype=torch.float32, device=device)
     outliers = torch.empty(1 + k, dtype=torch.int32, device=device)
     sums, counters = wide.memory(device, 1 + words)
     arguments = (
-        x_MK.data_ptr(), codes.data_ptr(), scales.data_ptr(), outliers.data_ptr(), counters.data_ptr(),
-        x_MK.stride(0), rows, k, threshold,
+        from_x.pointer, codes.data_ptr(), scales.data_ptr(), outliers.data_ptr(), counters.data_ptr(),
+        from_x.stride, rows, k, threshold,
     )  # fmt: skip
     _launch(quantize, index, min(rows, 8 * plans.limits(index)[0]), 1, arguments)
     more = (
-        sums.data_ptr(), counters.data_ptr(), scales.data_ptr(), x_MK.data_ptr(), outliers.data_ptr(), x_MK.stride(0)
+        sums.data_ptr(), counters.data_ptr(), scales.data_ptr(), from_x.pointer, outliers.data_ptr(), from_x.stride
     )  # fmt: skip
     maps = (
-        nvrtc.tensor_map(codes.data_ptr(), 1, rows, k, k, wide.tile_m, 128),
-        nvrtc.tensor_map(q.data_ptr(), 1, n, k, k, plans.WIDE_ROWS, 128),
-        nvrtc.tensor_map(x_MK.data_ptr(), 2, rows, k, x_MK.stride(0) * 2, wide.tile_m, 64),
+        nvrtc.tensor_map(codes.data_ptr(), 1, rows, k, k, wide.shape.tile_m, 128),
+        nvrtc.tensor_map(q.data_ptr(), 1, n, k, k, wide.rows, 128),
+        nvrtc.tensor_map(from_x.pointer, 2, rows, k, from_x.stride * 2, wide.shape.tile_m, 64),
     )
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=device)
-    return _run(wide.kernel, wide.blocks, 1, codes, out, q, absmax, (0, 0, 0, 0), bias, n, k, more, maps)
+    out = x.new_empty((*x.shape[:-1], n))
+    quantized = _Rows(codes, codes.data_ptr(), k, rows)
+    return _run(wide.kernel, wide.blocks, 1, quantized, out, q, absmax, (0, 0, 0, 0), bias, n, k, more, maps)
 
 
-def _rows(x: Tensor, k: int) -> Tensor:
-    """x [..., k] as rows that begin at multiples of 16 bytes, one after the other, and lie together."""
+class _Rows(NamedTuple):
+    """Rows of x as the kernels read them: each lies together, and begins at a multiple of 16 bytes."""
+
+    tensor: Tensor  # whose memory it is
+    pointer: int
+    stride: int  # elements from a row to the next
+    rows: int
+
+
+def _rows(x: Tensor, k: int) -> _Rows:
+    """Of x [..., k], which is copied where that is not how they lie."""
+    item = x.element_size()
+    if x.is_contiguous() and k * item % 16 == 0 and (pointer := x.data_ptr()) % 16 == 0:
+        return _Rows(x, pointer, k, x.numel() // k)
     x_MK = x.reshape(-1, k)
-    if x_MK.stride(1) != 1 or x_MK.stride(0) < k or x_MK.stride(0) * x.element_size() % 16 or x_MK.data_ptr() % 16:
+    if x_MK.stride(1) != 1 or x_MK.stride(0) < k or x_MK.stride(0) * item % 16 or x_MK.data_ptr() % 16:
         x_MK = x_MK.clone(memory_format=torch.contiguous_format)
-    return x_MK
+    return _Rows(x_MK, x_MK.data_ptr(), x_MK.stride(0), x_MK.shape[0])
 
 
 def _run(
     kernel: Kernel,
     grid_x: int,
     grid_y: int,
-    x_MK: Tensor,
+    x: _Rows,
     out: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -432,10 +449,10 @@ def _run(
         bias = bias.contiguous()
         bias_pointer, bias_bytes = bias.data_ptr(), bias.element_size()
     arguments = (
-        *maps, packed.data_ptr(), absmax.data_ptr(), *tables, x_MK.data_ptr(), bias_pointer, out.data_ptr(),
-        x_MK.stride(0), x_MK.shape[0], n, k, bias_bytes, *more,
+        *maps, packed.data_ptr(), absmax.data_ptr(), *tables, x.pointer, bias_pointer, out.data_ptr(),
+        x.stride, x.rows, n, k, bias_bytes, *more,
     )  # fmt: skip
-    _launch(kernel, x_MK.get_device(), grid_x, grid_y, arguments)
+    _launch(kernel, out.get_device(), grid_x, grid_y, arguments)
     return out
 
 

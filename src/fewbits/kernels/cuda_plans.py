@@ -6,6 +6,7 @@ A variant is compiled when it is first asked for, and asked for only where it se
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -18,21 +19,41 @@ from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.constants import constant
 from fewbits.kernels.nvrtc import CudaError, Kernel
 
-FEW_ROWS = 16  # of x, that decode.cu takes at most
+FEW_ROWS = 32  # of x, that decode.cu takes at most
 MOST_OUTLIERS = 16  # columns of x that have any, up to which the others are multiplied in 8 bits (measured)
-WIDE_ROWS = 128  # of the weight, in a tile of wide.cu
 _WARPS = 16  # of decode.cu
 _CHUNK = 64  # bytes of a row that a warp takes at a time
 _TABLE = 65536  # bytes of its table of pairs
 _DECODE_ARGUMENTS = "9Pq4i"
 _SKINNY_ARGUMENTS = "128s128s9Pq4i2P"
-_WIDE_THREADS = 384
-# by bits of the weight and rows of x in a tile: microseconds of one of its chunks, and of tiles that blocks share
-# (fitted to 80 times of each on an H200; a block's beginning and end are in none)
-_TILE_COSTS = {
-    4: {256: (1.52, 15.0), 128: (1.02, 8.0)},
-    8: {256: (0.88, 15.0), 128: (0.46, 10.7), 64: (0.32, 8.0)},
-}
+
+
+class _Cost(NamedTuple):
+    """Microseconds, fitted to some hundred times on an H200 within 4 % in the mean; a launch's are in none."""
+
+    chunk: float  # of 128 columns of a tile
+    shared: float  # more, where blocks that share a tile add up sums in global memory
+    clusters: dict[int, float]  # more, where so many blocks of a cluster do, beside what a block alone takes at its end
+
+
+# of skinny_4bit.cu by rows of x in a tile and warpgroups; of wide.cu by bits of the weight, rows of x and warpgroups
+_SKINNY_COSTS = {
+    32: {
+        2: _Cost(0.50, 1.9, {2: -2.1, 4: -1.0}), 3: _Cost(0.66, 3.2, {2: -2.1, 4: -1.0}),
+        4: _Cost(0.92, 4.5, {2: -2.1, 4: -1.0}),
+    },
+    64: {2: _Cost(0.61, 2.2, {2: -1.3, 4: 0.1, 8: -1.0}), 3: _Cost(0.85, 4.5, {2: -1.3, 4: 0.1, 8: -1.0})},
+}  # fmt: skip
+_WIDE_COSTS = {
+    4: {
+        (256, 2): _Cost(1.52, 15.1, {2: 2.0, 4: 5.5}), (128, 2): _Cost(0.96, 7.4, {2: 2.0, 4: 3.4}),
+        (128, 3): _Cost(1.34, 13.3, {2: 3.3, 4: 5.7}),
+    },
+    8: {
+        (256, 2): _Cost(0.79, 18.0, {2: 3.1, 4: 4.5}), (128, 2): _Cost(0.42, 14.0, {2: 3.1, 4: 4.5}),
+        (64, 2): _Cost(0.29, 12.0, {2: 3.1}),
+    },
+}  # fmt: skip
 
 
 @functools.cache  # of a failure as well: it is tried and told once
@@ -71,17 +92,21 @@ def values(format: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
+def most_clusters(blocks: int, device: int) -> int:
+    """How many clusters of so many blocks run at once, where each block takes a multiprocessor: 0 on older GPUs."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return 0
+    try:
+        return nvrtc.most_clusters(blocks, device)
+    except CudaError:  # slower without
+        return 0
+
+
+@functools.cache
 def limits(device: int) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that a block may have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin - 2048  # less what is static
-
-
-@functools.cache
-def cache_bytes(device: int) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)
-    size: int = properties.L2_cache_size
-    return size
 
 
 @functools.lru_cache(maxsize=8)
@@ -113,6 +138,81 @@ def dequantizer(dtype: torch.dtype, block_size: int, nested: bool, device: int) 
 # ------------------------------------------------------------------------------------------------- few rows
 
 
+class DecodeShape(NamedTuple):
+    """How blocks of decode.cu share a weight: tiles of 16 ``row_tiles`` rows, each by ``split`` of them."""
+
+    row_tiles: int
+    split: int
+
+
+class _Decode(NamedTuple):
+    """What follows from a shape of blocks."""
+
+    blocks: int
+    rounds: int  # tiles of the block that has most
+    chunks: int  # of a warp, for each row
+    stages: int
+    shared: int
+    single: bool
+
+
+def _stages(bits: int, tiles: int, slots: int, chunks: int, single: bool) -> int:
+    """Slots of a warp's ring: measured on an H200."""
+    if bits == 8:
+        return 3 if tiles == 4 and single and chunks > 4 else 4
+    # four pay where a tile's are a multiple, constants to the compiler
+    return 4 if not single and slots % 4 == 0 and chunks <= 4 else 3
+
+
+def decode_plan(
+    shape: DecodeShape, n: int, k: int, tiles: int, bits: int, block_size: int, device: int
+) -> _Decode | None:
+    """None where it does not fit a block's memory, or not all blocks run at once that have to."""
+    processors, room = limits(device)
+    row_tiles, split = shape
+    rows = 16 * row_tiles
+    row_bytes = k * bits // 8
+    chunks = -(-row_bytes // (_CHUNK * _WARPS * split))
+    columns = _CHUNK * 8 // bits
+    weight_tiles = -(-n // rows)
+    rounds = -(-weight_tiles * split // processors)
+    single = rounds == 1
+    if split > 1 and weight_tiles > most_clusters(split, device):
+        return None
+    slots = chunks * row_tiles
+    stages = min(_stages(bits, tiles, slots, chunks, single), slots + 1)
+    scales = 2 * _WARPS * rows * max(columns // block_size, 1) * 4 if bits == 4 else 0
+    sums = _WARPS * 8 * tiles * (rows + 4) * 4
+    shared = (_TABLE if bits == 4 else 0) + _WARPS * stages * 1024 + scales
+    shared = max(shared, sums) + (8 * tiles * rows + 32 * split) * 4 if single else shared + 2 * sums
+    # of two kernels in a row no blocks are to share a processor: others would have none
+    shared = max(shared, room // 2 + 1024)
+    if shared > room:
+        return None
+    return _Decode(
+        weight_tiles * split if single else min(weight_tiles, processors), rounds, chunks, stages, shared, single
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_variant(
+    shape: DecodeShape, n: int, k: int, tiles: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
+) -> tuple[Kernel, int] | None:
+    """The kernel for blocks of this shape, and how many run it."""
+    plan = decode_plan(shape, n, k, tiles, bits, block_size, device)
+    if plan is None:
+        return None
+    early = plan.rounds == 1 and tiles == 1 and (bits == 8 or plan.chunks <= 4)  # measured on an H200
+    whole = n % (16 * shape.row_tiles) == 0 and k * bits // 8 % (_CHUNK * _WARPS * shape.split) == 0
+    defines = (
+        ("BF16", int(bf16)), ("BITS", bits), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)),
+        ("COLUMN_TILES", tiles), ("ROW_TILES", shape.row_tiles), ("CHUNKS", plan.chunks), ("STAGES", plan.stages),
+        ("WHOLE", int(whole)), ("SINGLE", int(plan.single)), ("SPLIT", shape.split), ("X_EARLY", int(early)),
+    )  # fmt: skip
+    kernel = made("decode.cu", defines, device, _DECODE_ARGUMENTS, 32 * _WARPS, plan.shared)
+    return None if kernel is None else (kernel, plan.blocks)
+
+
 @functools.lru_cache(maxsize=1024)
 def decode(
     n: int, k: int, tiles: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
@@ -121,39 +221,34 @@ def decode(
 
     ``block_size``: of 4 bits; for 8 any from 64 on.
     """
-    processors, room = limits(device)
     if k % (max(block_size, 64) if bits == 4 else 16):
         return None
-    row_bytes = k * bits // 8
-    chunks = -(-row_bytes // (_CHUNK * _WARPS))
-    columns = _CHUNK * 8 // bits
-    best: tuple[float, tuple[int, int, int, int]] | None = None
-    for row_tiles in (2, 1):
-        rows, slots = 16 * row_tiles, chunks * row_tiles
-        scales = 2 * _WARPS * rows * max(columns // block_size, 1) * 4 if bits == 4 else 0
-        partials = 2 * _WARPS * 8 * tiles * (rows + 4) * 4
-        rounds = -(-n // (rows * processors))
-        # slots of the ring (measured on an H200): four pay where a tile's are a multiple, constants to the compiler
-        stages = 4 if tiles == 1 and slots % 4 == 0 and chunks <= 4 and rounds > 1 else 3
-        stages = min(stages, slots + 1)
-        shared = (_TABLE if bits == 4 else 0) + _WARPS * stages * 1024 + scales + partials
-        if shared > room:
+    shape = _decode_shape(n, k, tiles, bits, block_size, device)
+    return shape and decode_variant(shape, n, k, tiles, bf16, bits, block_size, nested, device)
+
+
+# that were faster than others on some shape; and more rows with one tile a block alone
+_DECODE_SHAPES = DecodeShape(2, 1), DecodeShape(1, 1), DecodeShape(3, 1), DecodeShape(2, 2), DecodeShape(3, 2)
+
+
+def _decode_shape(n: int, k: int, tiles: int, bits: int, block_size: int, device: int) -> DecodeShape | None:
+    found = _least_decode(n, k, tiles, bits, block_size, device)
+    return found and found[1]
+
+
+def _least_decode(
+    n: int, k: int, tiles: int, bits: int, block_size: int, device: int
+) -> tuple[float, DecodeShape] | None:
+    """The shape with the least cost of those that fit (fitted to times on an H200), and that cost."""
+    best: tuple[float, DecodeShape] | None = None
+    for shape in _DECODE_SHAPES:
+        plan = decode_plan(shape, n, k, tiles, bits, block_size, device)
+        if plan is None or (shape.row_tiles > 2 and not plan.single):
             continue
-        cost = rounds * (row_tiles + 1)  # measured
+        cost = plan.rounds * plan.chunks * (shape.row_tiles + 1) + 2 * tiles * (shape.split > 1)
         if best is None or cost < best[0]:
-            best = cost, (row_tiles, stages, shared, rounds)
-    if best is None:
-        return None
-    row_tiles, stages, shared, rounds = best[1]
-    early = rounds == 1 and tiles == 1 and (bits == 8 or chunks <= 4)  # measured on an H200
-    whole = n % (16 * row_tiles) == 0 and row_bytes % (_CHUNK * _WARPS) == 0
-    defines = (
-        ("BF16", int(bf16)), ("BITS", bits), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)),
-        ("COLUMN_TILES", tiles), ("ROW_TILES", row_tiles), ("CHUNKS", chunks), ("STAGES", stages),
-        ("WHOLE", int(whole)), ("X_EARLY", int(early)),
-    )  # fmt: skip
-    kernel = made("decode.cu", defines, device, _DECODE_ARGUMENTS, 32 * _WARPS, shared)
-    return None if kernel is None else (kernel, min(-(-n // (16 * row_tiles)), processors))
+            best = cost, shape
+    return best
 
 
 # ------------------------------------------------------------------------------------------------- some tens of rows
@@ -169,17 +264,52 @@ class Skinny(NamedTuple):
     rows: int
 
 
+class SkinnyShape(NamedTuple):
+    """How blocks of skinny_4bit.cu share a weight: tiles of 64 ``warpgroups`` rows, each by ``split`` of them, or,
+    where that is 1, all chunks of all tiles."""
+
+    warpgroups: int
+    split: int
+
+
 @functools.lru_cache(maxsize=1024)
-def skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bool, device: int) -> Skinny | None:
-    """The kernel for tiles of ``tile_m`` rows of x; None where it does not serve."""
-    processors, room = limits(device)
+def skinny(
+    rows: int, n: int, k: int, bf16: bool, block_size: int, nested: bool, device: int
+) -> Skinny | None:  # fmt: skip
+    """The kernel for ``rows`` of x; None where it does not serve."""
     if k % max(block_size, 64) or block_size < 64:
         return None
     if torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.has_tensor_maps():
         return None  # its matrix instructions are Hopper's alone
-    # measured on an H100
-    warpgroups = (4 if tile_m == 32 else 3) if n > 8192 else 2
-    rows = 64 * warpgroups
+    shape = _skinny_shape(rows, n, k, device)
+    return skinny_variant(shape, n, k, _skinny_tile(rows), bf16, block_size, nested, device)
+
+
+def _skinny_tile(rows: int) -> int:
+    """Rows of x in a tile."""
+    return 32 if rows <= 32 else 64
+
+
+def _skinny_us(shape: SkinnyShape, rows: int, n: int, k: int, device: int) -> float:
+    tile_m = _skinny_tile(rows)
+    tiles, x_tiles = -(-n // (64 * shape.warpgroups)), -(-rows // tile_m)
+    us = _cost(_SKINNY_COSTS[tile_m][shape.warpgroups], tiles, k, shape.split, device, x_tiles)
+    return us + 3.8 + x_tiles
+
+
+def _skinny_shape(rows: int, n: int, k: int, device: int) -> SkinnyShape:
+    costs = _SKINNY_COSTS[_skinny_tile(rows)]
+    shapes = [SkinnyShape(groups, split) for groups, of in costs.items() for split in (1, *of.clusters)]
+    return min(shapes, key=lambda shape: _skinny_us(shape, rows, n, k, device))
+
+
+@functools.lru_cache(maxsize=1024)
+def skinny_variant(
+    shape: SkinnyShape, n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: bool, device: int
+) -> Skinny | None:
+    """The kernel for blocks of this shape; None where it does not fit."""
+    processors, room = limits(device)
+    rows = 64 * shape.warpgroups
     slot = tile_m * 256 + rows * 64
     stages = min((room - _TABLE - 256) // slot, 8)
     if stages < 2:
@@ -187,36 +317,53 @@ def skinny(n: int, k: int, tile_m: int, bf16: bool, block_size: int, nested: boo
     shared = _TABLE + stages * slot + 256
     defines = (
         ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
-        ("WARPGROUPS", warpgroups), ("STAGES", stages),
+        ("WARPGROUPS", shape.warpgroups), ("STAGES", stages), ("SPLIT", shape.split),
     )  # fmt: skip
-    kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, 128 * (warpgroups + 1), shared)
+    threads = 128 * (shape.warpgroups + 1)
+    kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, threads, shared)
     tiles = -(-n // rows)
-    return None if kernel is None else Skinny(kernel, tile_m, _blocks(processors, tiles, k), tiles, rows)
+    blocks = tiles * shape.split if shape.split > 1 else _blocks(processors, tiles, k)
+    return None if kernel is None else Skinny(kernel, tile_m, blocks, tiles, rows)
 
 
 # ------------------------------------------------------------------------------------------------- many rows
+
+
+class WideShape(NamedTuple):
+    """How blocks of wide.cu share a product: tiles of ``tile_m`` rows of x by 64 ``warpgroups`` of the weight, each by
+    ``split`` of them, or, where that is 1, all chunks of what tiles are left over."""
+
+    tile_m: int
+    warpgroups: int
+    split: int
+
+    def tiles(self, rows: int, n: int) -> int:
+        return -(-rows // self.tile_m) * -(-n // (64 * self.warpgroups))
+
+    def blocks(self, rows: int, n: int, k: int, processors: int) -> int:
+        tiles = self.tiles(rows, n)
+        return tiles * self.split if self.split > 1 else _blocks(processors, tiles, k)
 
 
 class Wide(NamedTuple):
     """A kernel of wide.cu, run by ``blocks``."""
 
     kernel: Kernel
-    tile_m: int
+    shape: WideShape
     blocks: int
     tiles: int
 
+    @property
+    def rows(self) -> int:
+        """Of the weight, in a tile."""
+        return 64 * self.shape.warpgroups
+
     def memory(self, device: torch.device, zeros: int = 0) -> tuple[Tensor, Tensor]:
         """Where blocks leave the sums of parts of tiles, and count them: at least so many zeros."""
-        sums = torch.empty(2 * self.blocks * WIDE_ROWS * self.tile_m, dtype=torch.int32, device=device)
+        parts = 2 * self.blocks if self.shape.split == 1 else 0
+        sums = torch.empty(parts * self.rows * self.shape.tile_m, dtype=torch.int32, device=device)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         return sums, counters_for(device, stream, max(self.tiles, zeros))
-
-
-def _wide_cost(rows: int, n: int, k: int, bits: int, tile_m: int, processors: int) -> float:
-    """Microseconds, about, with tiles of so many rows of x."""
-    tiles, chunk_us, shared_us = -(-rows // tile_m) * -(-n // WIDE_ROWS), *_TILE_COSTS[bits][tile_m]
-    blocks = _blocks(processors, tiles, k)
-    return tiles * -(-k // 128) / blocks * chunk_us + (shared_us if tiles % blocks else 0.0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -224,30 +371,93 @@ def wide(
     rows: int, n: int, k: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
 ) -> Wide | None:  # fmt: skip
     """The kernel for ``rows`` of x; None where it does not serve. ``block_size``, ``nested``: of 4 bits."""
-    processors, room = limits(device)
     if torch.cuda.get_device_capability(device) != (9, 0) or not nvrtc.has_tensor_maps():
         return None  # its matrix instructions are Hopper's alone
     if block_size < 64 or k % (max(block_size, 64) if bits == 4 else 16):
         return None
-    costs = _TILE_COSTS[bits]
-    sizes = sorted(costs) if rows <= 1024 else [max(costs)]  # with many rows the least of the weight is read again
-    tile_m = min(sizes, key=lambda size: _wide_cost(rows, n, k, bits, size, processors))
-    slot = tile_m * 128 + WIDE_ROWS * (32 + 4 if bits == 4 else 128)
-    fixed = _TABLE + 1024 if bits == 4 else tile_m * 128
+    shape = _wide_shape(rows, n, k, bits, device)
+    return wide_variant(shape, rows, n, k, bf16, bits, block_size, nested, device)
+
+
+def _wide_us(shape: WideShape, rows: int, n: int, k: int, bits: int, device: int) -> float:
+    of = _WIDE_COSTS[bits][shape.tile_m, shape.warpgroups]
+    return _cost(of, shape.tiles(rows, n), k, shape.split, device) + (1.1 if bits == 4 else 6.0)
+
+
+def _wide_shape(rows: int, n: int, k: int, bits: int, device: int) -> WideShape:
+    costs = _WIDE_COSTS[bits]
+    kinds = list(costs) if rows <= 1024 else [(256, 2)]  # with many rows the least of the weight is read again
+    shapes = [WideShape(*kind, split) for kind in kinds for split in (1, *costs[kind].clusters)]
+    return min(shapes, key=lambda shape: _wide_us(shape, rows, n, k, bits, device))
+
+
+@functools.lru_cache(maxsize=1024)
+def wide_variant(
+    shape: WideShape,
+    rows: int,
+    n: int,
+    k: int,
+    bf16: bool,
+    bits: int,
+    block_size: int,
+    nested: bool,
+    device: int,
+) -> Wide | None:
+    """The kernel for blocks of this shape; None where it does not fit."""
+    processors, room = limits(device)
+    weight_rows = 64 * shape.warpgroups
+    slot = shape.tile_m * 128 + weight_rows * (32 + 4 if bits == 4 else 128)
+    fixed = _TABLE + 1024 if bits == 4 else shape.tile_m * 128
     stages = min((room - fixed - 1024) // slot, 8)
     if stages < 3:
         return None
     defines: tuple[tuple[str, int], ...] = (
-        ("BF16", int(bf16)), ("BITS", bits), ("TILE_M", tile_m), ("STAGES", stages)
+        ("BF16", int(bf16)), ("BITS", bits), ("TILE_M", shape.tile_m), ("WARPGROUPS", shape.warpgroups),
+        ("STAGES", stages), ("SPLIT", shape.split),
     )  # fmt: skip
     if bits == 4:
         defines = *defines, ("FORMAT_BLOCK", block_size), ("NESTED", int(nested))
     else:
         defines = *defines, ("MOST_OUTLIERS", MOST_OUTLIERS)
     arguments = "128s128s9Pq4i2P" if bits == 4 else "128s128s128s9Pq4i2P3Pq"
-    kernel = made("wide.cu", defines, device, arguments, _WIDE_THREADS, fixed + stages * slot + 1024)
-    tiles = -(-rows // tile_m) * -(-n // WIDE_ROWS)
-    return None if kernel is None else Wide(kernel, tile_m, _blocks(processors, tiles, k), tiles)
+    threads = 128 * (shape.warpgroups + 1)
+    kernel = made("wide.cu", defines, device, arguments, threads, fixed + stages * slot + 1024)
+    if kernel is None:
+        return None
+    return Wide(kernel, shape, shape.blocks(rows, n, k, processors), shape.tiles(rows, n))
+
+
+def _cost(of: _Cost, tiles: int, k: int, split: int, device: int, turns: int = 1) -> float:
+    """Microseconds, about; infinite where not all clusters run at once, or a block has no chunk.
+
+    ``turns``: so many times all tiles, one after the other, or at once by as many clusters.
+    """
+    chunks = -(-k // 128)
+    if split > 1:
+        if chunks < split or tiles * turns > most_clusters(split, device):
+            return math.inf
+        return -(-chunks // split) * of.chunk + of.clusters[split]
+    blocks = _blocks(limits(device)[0], tiles, k)
+    return (tiles * chunks / blocks * of.chunk + (of.shared if tiles % blocks else 0.0)) * turns
+
+
+# ------------------------------------------------------------------------------------------------- which of them
+
+_DECODE_US = {1: 0.6, 2: 0.68, 3: 0.95, 4: 1.5}  # by tiles of 8 rows of x: of a unit of cost, fitted as the others
+
+
+@functools.lru_cache(maxsize=4096)
+def quickest(rows: int, n: int, k: int, device: int) -> str:
+    """The way that takes the least time, about, of those for up to 256 rows of x and a weight in 4 bits."""
+    us = {"skinny": _skinny_us(_skinny_shape(rows, n, k, device), rows, n, k, device)}
+    if rows <= FEW_ROWS:
+        tiles = -(-rows // 8)
+        found = _least_decode(n, k, tiles, 4, 64, device)
+        if found is not None:
+            us["decode"] = 0.9 + found[0] * _DECODE_US[tiles]
+    if rows > 64:
+        us["wide"] = _wide_us(_wide_shape(rows, n, k, 4, device), rows, n, k, 4, device)
+    return min(us, key=us.__getitem__)
 
 
 def _blocks(processors: int, tiles: int, k: int) -> int:

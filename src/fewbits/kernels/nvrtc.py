@@ -31,7 +31,7 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 # CUfunction_attribute, CUstreamCaptureMode and CUlaunchAttributeID of cuda.h
 _MAX_DYNAMIC_SHARED_MEMORY = 8
 _CAPTURE_RELAXED = 2
-_PROGRAMMATIC_LAUNCH = 6
+_CLUSTER, _PROGRAMMATIC_LAUNCH = 4, 6
 _NON_BLOCKING = 1  # CUstream_flags
 # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
 _UINT8, _UINT16 = 0, 1
@@ -233,6 +233,23 @@ class Kernel:
             code = self._cu_launch(call.launch_pointer, self._function, call.arguments, None)
         if code:
             _check(code, "launching a kernel")
+
+
+def most_clusters(blocks: int, device: int) -> int:
+    """How many clusters of so many blocks the device runs at once, where each block takes a multiprocessor.
+
+    Raises:
+        CudaError: the driver does not say.
+    """
+    threads, shared = 512, 128 << 10  # two such blocks find no room
+    function = kernel("probe.cu", (("BF16", 1),), device, "P", threads, shared)._function
+    attribute = _Attribute(id=_CLUSTER, value=(ctypes.c_int * 16)(blocks, 1, 1))
+    launch = _Launch(blocks, 1, 1, threads, 1, 1, shared, None, ctypes.pointer(attribute), 1)
+    count = ctypes.c_int()
+    with _on(device):
+        code = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), function, ctypes.byref(launch))
+    _check(code, "asking about clusters")
+    return count.value
 
 
 @functools.cache

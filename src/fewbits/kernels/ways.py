@@ -23,18 +23,17 @@ from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.kernels.nvrtc import cache_folder
 
 WAYS = ("decode", "skinny", "wide", "dequantize")
+QUICKEST = "quickest"  # in a table: the one of these that takes the least time, about (cuda_plans.quickest)
 MOST = 1 << 62
 Steps = tuple[tuple[int, str], ...]  # up to so many rows of x: this way; ascending, to MOST
 
 _HOPPER: dict[str, Steps] = {  # measured on an H200
-    "4-bit": ((16, "decode"), (64, "skinny"), (2048, "wide"), (MOST, "dequantize")),
-    "int8": ((16, "decode"), (MOST, "wide")),
-    "int8 in the cache": ((32, "decode"), (MOST, "wide")),  # read twice, the second time from there: it is as fast
+    "4-bit": ((8, "decode"), (256, QUICKEST), (2048, "wide"), (MOST, "dequantize")),
+    "int8": ((32, "decode"), (MOST, "wide")),
 }
 _OTHERS: dict[str, Steps] = {
     "4-bit": ((16, "decode"), (MOST, "dequantize")),
     "int8": ((48, "decode"), (MOST, "dequantize")),  # the weight is rather read several times than dequantized
-    "int8 in the cache": ((48, "decode"), (MOST, "dequantize")),
 }
 TABLE: dict[tuple[int, int], dict[str, Steps]] = {(9, 0): _HOPPER}
 # In 4 bits with more rows than these, "wide" pays only where its tiles of 128 by 256 fill that share of the processors'
@@ -43,22 +42,29 @@ _ANY_TILES, _FILLED = 1024, 0.86
 _forced: str | None = None
 
 
-def ways(kind: str, n: int, k: int, rows: int, cached: bool, device: int) -> tuple[str, ...]:
+def ways(kind: str, n: int, k: int, rows: int, device: int) -> tuple[str, ...]:
     """The ways to try, in this order, for so many rows of x and a weight [n, k].
 
     Args:
         kind: "4-bit" or "int8".
-        cached: whether the second-level cache holds the weight.
         device: the GPU's index.
     """
     if _forced is not None:
         return (_forced,)
-    for up_to, way in _steps(kind, n, k, cached, device):
+    for up_to, way in _steps(kind, n, k, device):
         if rows <= up_to:
-            if way == "wide" and kind == "4-bit" and rows > _ANY_TILES and not _fills(kind, n, k, rows, device):
+            if way == QUICKEST:
+                way = _quickest(rows, n, k, device)
+            elif way == "wide" and kind == "4-bit" and rows > _ANY_TILES and not _fills(kind, n, k, rows, device):
                 way = "dequantize"
             return (way,) if way == "dequantize" else (way, "dequantize")
     raise AssertionError("steps end with MOST")
+
+
+def _quickest(rows: int, n: int, k: int, device: int) -> str:
+    from fewbits.kernels import cuda_plans  # which is only there with CUDA
+
+    return cuda_plans.quickest(rows, n, k, device)
 
 
 def _fills(kind: str, n: int, k: int, rows: int, device: int) -> bool:
@@ -86,12 +92,11 @@ def use_way(name: str) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _steps(kind: str, n: int, k: int, cached: bool, device: int) -> Steps:
+def _steps(kind: str, n: int, k: int, device: int) -> Steps:
     found = _tuned(device).get(_key(kind, n, k))
     if found is not None:
         return found
-    table = TABLE.get(torch.cuda.get_device_capability(device), _OTHERS)
-    return table[f"{kind} in the cache" if cached and kind == "int8" else kind]
+    return TABLE.get(torch.cuda.get_device_capability(device), _OTHERS)[kind]
 
 
 # ------------------------------------------------------------------------------------------------- what was tuned here

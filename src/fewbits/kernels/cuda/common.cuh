@@ -96,9 +96,15 @@ DEVICE void wait_for_copies() {
 
 DEVICE uint4 load_16_bytes(const void* pointer) {
   uint4 out;
-  asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w) : "l"(pointer));
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+               : "l"(pointer)
+               : "memory");
   return out;
 }
+
+// to the second-level cache
+DEVICE void fetch(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
 
 // With programmatic dependent launch a kernel begins while the one before it ends. What that one may have written is
 // read only after this wait, and the next kernel may begin only after it: what its neighbours two launches away wrote
@@ -133,6 +139,34 @@ struct Barrier {
         "}" ::"r"(shared_address(this)), "r"(parity) : "memory");
   }
 };
+
+// Blocks of a cluster run at the same time, and write to each other's shared memory. All their threads arrive, and then
+// wait: what was written before is there, and all blocks have begun.
+#if SPLIT > 1  // what a kernel is compiled for
+#define OF_CLUSTER __cluster_dims__(SPLIT, 1, 1)
+#else
+#define OF_CLUSTER
+#endif
+DEVICE void arrive_in_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// where block `rank` has what this one has at a place in shared memory
+DEVICE u32 address_in_cluster(const void* pointer, u32 rank) {
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(pointer)), "r"(rank));
+  return there;
+}
+DEVICE void store_in_cluster(u32 to, float value) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(to), "f"(value) : "memory");
+}
+DEVICE void store_in_cluster(u32 to, uint4 value) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
 
 // How many came before, of `others` + 1 in all; the last one leaves a zero. What a block wrote before it came (and
 // before a barrier) is there for blocks that come later (and after a barrier).

@@ -1,4 +1,4 @@
-// out[M, N] = x[M, K] @ weight[N, K].T + bias for a quantized weight and up to 16 rows of x: decoding a text.
+// out[M, N] = x[M, K] @ weight[N, K].T + bias for a quantized weight and up to 32 rows of x: decoding texts.
 //
 // The weight is read once, as it lies. A block works on tiles of 16 * ROW_TILES rows of it, one after the other. Each of
 // its 16 warps takes chunks of 64 bytes of these rows, every 16th. Their codes come by asynchronous copies through a ring
@@ -10,12 +10,17 @@
 //
 // What decides the time is not the memory but the instructions that decoding takes. So loops are unrolled until slots
 // and chunks are constants, and warps never wait for each other: the sums of a tile are added, in a fixed order, when
-// the next tile is done.
+// the next tile is done. Where a block has one tile (SINGLE) they are added in the memory of tables and rings.
+//
+// A tile of a block of its own may be shared by SPLIT blocks, a cluster: each takes the warps' chunks of every SPLIT-th
+// row of chunks, and they add up their sums in each other's shared memory. So a block reads less of x, for more rows of
+// the weight.
 //
 // Compiled for: BF16, BITS (4 or 8), FORMAT_BLOCK (elements of a quantization block), NESTED (double quantization),
 // COLUMN_TILES (8 rows of x each), ROW_TILES, CHUNKS (that a warp takes of a row), STAGES (slots of the ring, at most one
-// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024), X_EARLY (x is read before the
-// tables are filled: it pays where a block has one tile).
+// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024 * SPLIT), SINGLE, SPLIT (1, or
+// with SINGLE 2 or 4), X_EARLY (x is read before the tables are filled: it pays where a block has one tile). The grid:
+// with SINGLE, SPLIT blocks for each tile, else any number.
 
 struct Arguments {
   const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
@@ -40,9 +45,13 @@ constexpr int CHUNK_SCALES = FORMAT_BLOCK < CHUNK ? CHUNK / FORMAT_BLOCK : 1;
 constexpr int SLOT = 1024, RING = STAGES * SLOT;
 constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
 constexpr int SCALES = ROWS * CHUNK_SCALES;            // floats of a chunk
+constexpr int SCALE_TURNS = (ROWS + 31) / 32;          // a lane reads the scales of one row in each
 constexpr int PARTIAL_STRIDE = ROWS + 4;               // floats: what a warp writes at once lies in 32 banks
-constexpr bool X_STAYS = CHUNKS * UNITS * COLUMN_TILES * 2 * STEPS <= 64;  // in registers
-constexpr bool X_AHEAD = !X_STAYS;
+constexpr int X_WORDS = UNITS * COLUMN_TILES * 2 * STEPS;  // of a chunk
+// in registers: all of x, or what is wanted now and, where there is room, next; or the next takes its place unit by unit
+constexpr bool X_STAYS = CHUNKS * X_WORDS <= 64 && TILE_SLOTS <= (BITS == 8 ? 16 : 8);
+constexpr bool X_AHEAD = !X_STAYS && X_WORDS <= (BITS == 8 ? 24 : SINGLE ? 32 : 16);
+constexpr bool X_IN_PLACE = !X_STAYS && !X_AHEAD;
 constexpr int X_KEPT = X_STAYS ? CHUNKS : 1 + X_AHEAD;
 
 // one row's codes of a unit
@@ -66,30 +75,32 @@ struct RawScales {
 typedef u32 Operands[UNITS][COLUMN_TILES][2 * STEPS];
 typedef float Sums[ROW_TILES][COLUMN_TILES][4];
 
-DEVICE void load_x(Operands& to, const Arguments& a, int chunk, int lane) {
-  const int g = lane >> 2, t = lane & 3;
+DEVICE void load_unit(Operands& to, const Arguments& a, int chunk, int u, int lane) {
+  const int g = lane >> 2, t = lane & 3, column = chunk * CHUNK + u * UNIT + t * (UNIT / 4);
 #pragma unroll
-  for (int u = 0; u < UNITS; u++) {
-    const int column = chunk * CHUNK + u * UNIT + t * (UNIT / 4);
+  for (int c = 0; c < COLUMN_TILES; c++) {
+    const int row = c * 8 + g;
+    const bool there = row < a.m && column < a.k;
+    const u16* from = a.x + (there ? row * a.x_stride + column : 0);
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; c++) {
-      const int row = c * 8 + g;
-      const bool there = row < a.m && column < a.k;
-      const u16* from = a.x + (there ? row * a.x_stride + column : 0);
-#pragma unroll
-      for (int s = 0; s < STEPS; s += 2) {
-        const uint4 words = there ? load_16_bytes(from + s * 4) : make_uint4(0, 0, 0, 0);
-        to[u][c][2 * s] = words.x, to[u][c][2 * s + 1] = words.y;
-        to[u][c][2 * s + 2] = words.z, to[u][c][2 * s + 3] = words.w;
-      }
+    for (int s = 0; s < STEPS; s += 2) {
+      const uint4 words = there ? load_16_bytes(from + s * 4) : make_uint4(0, 0, 0, 0);
+      to[u][c][2 * s] = words.x, to[u][c][2 * s + 1] = words.y;
+      to[u][c][2 * s + 2] = words.z, to[u][c][2 * s + 3] = words.w;
     }
   }
 }
 
+DEVICE void load_x(Operands& to, const Arguments& a, int chunk, int lane) {
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) load_unit(to, a, chunk, u, lane);
+}
+
 #if BITS == 8
 
-// codes: of a slot, at the lane's row g and columns
-DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes) {
+// codes: of a slot, at the lane's row g and columns; done: called when a unit of x is no longer wanted
+template <typename Done>
+DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes, Done done) {
   const Codes upper = *(const Codes*)codes, lower = *(const Codes*)(codes + 512);
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
@@ -98,13 +109,15 @@ DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; c++) multiply_add(sums[c], operand, x[0][c][2 * s], x[0][c][2 * s + 1]);
   }
+  done(0);
 }
 
 #else
 
-// codes: of a slot, at the lane's row g and columns by unit; scales: of the chunk, at row g
+// codes: of a slot, at the lane's row g and columns by unit; scales: of the chunk, at row g; done: as above
+template <typename Done>
 DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes, const int (&unit_at)[UNITS],
-                     const float* scales, const u8* table, u32 lane4) {
+                     const float* scales, const u8* table, u32 lane4, Done done) {
   const Scales upper_scales = *(const Scales*)scales, lower_scales = *(const Scales*)(scales + 8 * CHUNK_SCALES);
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
@@ -125,6 +138,7 @@ DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8
 #pragma unroll
       for (int c = 0; c < COLUMN_TILES; c++) multiply_add(part[c], operand, x[u][c][2 * s], x[u][c][2 * s + 1]);
     }
+    done(u);
     const float scale0 = upper_scales.of[u * CHUNK_SCALES / UNITS];
     const float scale1 = lower_scales.of[u * CHUNK_SCALES / UNITS];
 #pragma unroll
@@ -137,7 +151,7 @@ DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Arguments a) {
+extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ Barrier summed[2], added[2];  // the warps' sums of a tile are there; they have been added
   __shared__ float dynamic[256];
@@ -145,14 +159,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   const u32 lane4 = lane * 4;
   const int row_bytes = a.k * BITS / 8, row_blocks = a.k / FORMAT_BLOCK;
   const int chunks = (a.k + CHUNK - 1) / CHUNK, tiles = (a.n + ROWS - 1) / ROWS;
-  const int own_tiles = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
+  const int own_tiles = SINGLE ? 1 : (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   const int partials = WARPS * a.m * PARTIAL_STRIDE;  // floats of a buffer
+  const u32 rank = blockIdx.x % SPLIT;
+  auto row_of = [&](int index) { return (SINGLE ? (int)blockIdx.x / SPLIT : (int)(blockIdx.x + index * gridDim.x)) * ROWS; };
+  const int own_chunk = rank * WARPS + warp;
+  auto chunk_of = [&](int i) { return i * (SPLIT * WARPS) + own_chunk; };
+  if constexpr (SPLIT > 1) arrive_in_cluster();  // before others write here
 
   u8* table = shared;
   u8* rings = table + (BITS == 4 ? PAIR_TABLE_BYTES : 0);
   u8* ring = rings + warp * RING;
   float* own_scales = (float*)(rings + WARPS * RING) + warp * 2 * SCALES;
-  float* partial = (float*)(rings + WARPS * RING) + (BITS == 4 ? WARPS * 2 * SCALES : 0);
+  constexpr int BEFORE = (BITS == 4 ? PAIR_TABLE_BYTES + WARPS * 2 * SCALES * 4 : 0) + WARPS * RING;
+  constexpr int OVER_IT = SINGLE ? WARPS * COLUMN_TILES * 8 * PARTIAL_STRIDE * 4 : 0;  // the warps' sums
+  float* partial = (float*)(shared + max(BEFORE, OVER_IT));
 
   // ------------------------------------------------------------------------------------------ codes on their way
   // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row of 64 bytes the four pieces change
@@ -160,40 +181,51 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   const int piece = lane & 3;
   auto swizzle = [](int row) { return BITS == 8 ? 0 : (row >> 1 & 1) * 2 | (row >> 2 & 1); };
   const u32 copy_to = shared_address(ring) + g * 64 + (piece ^ swizzle(g)) * 16;
+  const u32 own_place = (u32)g * row_bytes + own_chunk * 64 + piece * 16;
   const long long tile_bytes = (long long)gridDim.x * ROWS * row_bytes;
-  const u8* copy_from = a.packed + ((long long)blockIdx.x * ROWS + g) * row_bytes + warp * 64 + piece * 16;
+  const u8* tile_begin = a.packed + (long long)row_of(0) * row_bytes;
+  const u8* lane_begin = tile_begin + own_place;
   // slot r of chunk i of the tile that the warp is at, or of the next one
   auto copy = [&](int index, int i, int r, int slot) {
     const bool next = i >= CHUNKS;
     if (next) i -= CHUNKS;
-    if ((!next || index + 1 < own_tiles) && (WHOLE || i * WARPS + warp < chunks)) {
-      const u8* from = copy_from + (next ? tile_bytes : 0) + i * (WARPS * 64);
+    if ((!next || index + 1 < own_tiles) && (WHOLE || chunk_of(i) < chunks)) {
+      // What is added last: a lane's place to a block's address, or a block's rows to a lane's address. With one tile the
+      // first takes fewer registers, with several the second fewer instructions: 3 to 8 % of time on an H200 either way.
+      const u8* from = (SINGLE ? tile_begin : lane_begin + (next ? tile_bytes : 0)) + i * (SPLIT * WARPS * 64);
       long long upper = (long long)(r * 16) * row_bytes, lower = (long long)(r * 16 + 8) * row_bytes;
+      if constexpr (SINGLE) upper = (u32)upper + own_place, lower = (u32)lower + own_place;
       bool there = true;
       if (!WHOLE) {  // rows past the last are read as the last, and not written
-        const int first = (blockIdx.x + (index + next) * gridDim.x) * ROWS + g;
-        upper = (long long)(min(first + r * 16, a.n - 1) - first) * row_bytes;
-        lower = (long long)(min(first + r * 16 + 8, a.n - 1) - first) * row_bytes;
-        there = (i * WARPS + warp) * 64 + piece * 16 < row_bytes;
+        const int last = a.n - 1 - row_of(index + next) - g;
+        upper -= (long long)max(r * 16 - last, 0) * row_bytes, lower -= (long long)max(r * 16 + 8 - last, 0) * row_bytes;
+        there = chunk_of(i) * 64 + piece * 16 < row_bytes;
       }
       copy_async(copy_to + slot * SLOT, there ? from + upper : a.packed, there ? 16 : 0);
       copy_async(copy_to + slot * SLOT + 512, there ? from + lower : a.packed, there ? 16 : 0);
     }
     commit_copies();
   };
+  // what is wanted at the very end is on its way
+  if (BITS == 8 || a.bias_bytes)
+    for (int i = thread; i < own_tiles * ROWS; i += THREADS) {
+      const int row = min(row_of(i / ROWS) + i % ROWS, a.n - 1);
+      if (BITS == 8) fetch((const float*)a.scales + row);
+      if (a.bias_bytes) fetch((const u8*)a.bias + row * a.bias_bytes);
+    }
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) copy(0, s / ROW_TILES, s % ROW_TILES, s);
 
   // ------------------------------------------------------------------------------------------ scales
-  // a lane reads those of one row
+  // a lane reads those of one row at a time
 #if BITS == 4
   const float offset = NESTED ? *a.offset : 0.0f;
-  auto read_scales = [&](int index, int i) {
+  auto read_scales = [&](int index, int i, int turn) {
     RawScales raw = {};
     index += i / CHUNKS, i %= CHUNKS;
-    const int chunk = i * WARPS + warp;
-    if (index < own_tiles && (WHOLE || chunk < chunks) && lane < ROWS) {
-      int row = (blockIdx.x + index * gridDim.x) * ROWS + lane;
+    const int chunk = chunk_of(i), row_of_tile = turn * 32 + lane;
+    if (index < own_tiles && (WHOLE || chunk < chunks) && (ROWS % 32 == 0 || row_of_tile < ROWS)) {
+      int row = row_of(index) + row_of_tile;
       if (!WHOLE) row = min(row, a.n - 1);
       const int column = FORMAT_BLOCK < CHUNK ? chunk * CHUNK_SCALES : chunk / (FORMAT_BLOCK / CHUNK);
       const u32 block = (u32)row * row_blocks + column;
@@ -222,16 +254,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     return raw;
   };
-  auto write_scales = [&](int buffer, const RawScales& raw) {
-    if (ROWS == 32 || lane < ROWS) {
+  auto write_scales = [&](int buffer, const RawScales& raw, int turn) {
+    if (ROWS % 32 == 0 || turn * 32 + lane < ROWS) {
       Scales decoded;
 #pragma unroll
       for (int s = 0; s < CHUNK_SCALES; s++)
         decoded.of[s] = NESTED ? dynamic[raw.codes[s]] * raw.nested[s] + offset : raw.plain[s];
-      *(Scales*)(own_scales + buffer * SCALES + lane * CHUNK_SCALES) = decoded;
+      *(Scales*)(own_scales + buffer * SCALES + (turn * 32 + lane) * CHUNK_SCALES) = decoded;
     }
   };
-  RawScales raw = read_scales(0, 0), following = read_scales(0, 1);
+  RawScales raw[SCALE_TURNS], following[SCALE_TURNS];
+#pragma unroll
+  for (int turn = 0; turn < SCALE_TURNS; turn++)
+    raw[turn] = read_scales(0, 0, turn), following[turn] = read_scales(0, 1, turn);
 #endif
 
   // ------------------------------------------------------------------------------------------ x and the tables
@@ -245,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   auto load_first_x = [&] {
     wait_for_previous_kernel();
 #pragma unroll
-    for (int i = 0; i < (X_STAYS ? CHUNKS : X_AHEAD); i++) load_x(x[i], a, i * WARPS + warp, lane);
+    for (int i = 0; i < (X_STAYS ? CHUNKS : 1); i++) load_x(x[i], a, chunk_of(i), lane);
   };
   if (X_EARLY) load_first_x();
 #if BITS == 4
@@ -254,8 +289,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
   __syncthreads();
 #if BITS == 4
-  write_scales(0, raw);
-  raw = following;
+#pragma unroll
+  for (int turn = 0; turn < SCALE_TURNS; turn++) {
+    write_scales(0, raw[turn], turn);
+    raw[turn] = following[turn];
+  }
 #endif
   if (!X_EARLY) load_first_x();
   // ------------------------------------------------------------------------------------------ tile after tile
@@ -268,39 +306,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
   const u8* own_codes = ring + g * 64;
   int slot = 0, scale_buffer = 0;
   Sums sums;
-  auto take = [&](int index, int i, const Operands& operands) {
+  auto take = [&](int index, int i, Operands& operands) {
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
       wait_for_copies<STAGES - 2>();
       __syncwarp();
       copy(index, i + (r + STAGES - 1) / ROW_TILES, (r + STAGES - 1) % ROW_TILES, slot == 0 ? STAGES - 1 : slot - 1);
-      const bool there = WHOLE || i * WARPS + warp < chunks;
+      const bool there = WHOLE || chunk_of(i) < chunks;
+      auto x_is_done = [&](int u) {
+        if constexpr (X_IN_PLACE)
+          if (r == ROW_TILES - 1 && (i + 1 < CHUNKS || index + 1 < own_tiles))
+            load_unit(operands, a, chunk_of(i + 1 < CHUNKS ? i + 1 : 0), u, lane);
+      };
 #if BITS == 4
-      if (r == 0) {
-        write_scales(scale_buffer ^ 1, raw);
-        raw = read_scales(index, i + 2);
+      if (r % 2 == 0) {
+        write_scales(scale_buffer ^ 1, raw[r / 2], r / 2);
+        raw[r / 2] = read_scales(index, i + 2, r / 2);
       }
       const float* scales = own_scales + scale_buffer * SCALES + (r * 16 + g) * CHUNK_SCALES;
-      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, scales, table, lane4);
+      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, scales, table, lane4, x_is_done);
 #else
-      if (there) multiply(sums[r], operands, own_codes + slot * SLOT + t * 16);
+      if (there) multiply(sums[r], operands, own_codes + slot * SLOT + t * 16, x_is_done);
 #endif
+      if (!there)
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) x_is_done(u);
       slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
     scale_buffer ^= 1;
   };
-  auto add = [&](int index) {  // the sums of one of the block's tiles
-    const float* buffer = partial + (index & 1) * partials;
-    summed[index & 1].wait(index >> 1 & 1);
-    for (int i = thread; i < a.m * ROWS; i += THREADS) {
-      const int row = i % ROWS, column = i / ROWS, n = (blockIdx.x + index * gridDim.x) * ROWS + row;
-      const float* from = buffer + column * PARTIAL_STRIDE + row;
-      float sum = 0.0f;
+  auto keep_sums = [&](float* to) {  // where all the warps' of a tile lie
+    to += (warp * a.m + 2 * t) * PARTIAL_STRIDE + g;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += from[w * a.m * PARTIAL_STRIDE];
-      if (BITS == 8) sum *= n < a.n ? ((const float*)a.scales)[n] * (1.0f / 127.0f) : 0.0f;
-      if (WHOLE || n < a.n) a.out[(long long)column * a.n + n] = narrowed(sum + bias_at(a.bias, a.bias_bytes, n));
-    }
+    for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int column = c * 8 + (e & 1);
+        if (2 * t + column < a.m) {
+#pragma unroll
+          for (int r = 0; r < ROW_TILES; r++) to[column * PARTIAL_STRIDE + r * 16 + (e >> 1) * 8] = sums[r][c][e];
+        }
+      }
+  };
+  // of element i of a tile's part of the output: the columns one after the other
+  auto sum_of_warps = [&](const float* from, int i) {
+    from += i / ROWS * PARTIAL_STRIDE + i % ROWS;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += from[w * a.m * PARTIAL_STRIDE];
+    return sum;
+  };
+  auto give_out = [&](int index, int i, float sum) {
+    const int n = row_of(index) + i % ROWS;
+    if (BITS == 8) sum *= n < a.n ? ((const float*)a.scales)[n] * (1.0f / 127.0f) : 0.0f;
+    if (WHOLE || n < a.n) a.out[(long long)(i / ROWS) * a.n + n] = narrowed(sum + bias_at(a.bias, a.bias_bytes, n));
+  };
+  auto add = [&](int index) {  // the sums of one of the block's tiles
+    summed[index & 1].wait(index >> 1 & 1);
+    const float* from = partial + (index & 1) * partials;
+    for (int i = thread; i < a.m * ROWS; i += THREADS) give_out(index, i, sum_of_warps(from, i));
     __syncwarp();
     if (lane == 0) added[index & 1].arrive();
   };
@@ -316,38 +380,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if constexpr (X_STAYS) {
 #pragma unroll
       for (int i = 0; i < CHUNKS; i++) take(index, i, x[i]);
+    } else if constexpr (X_AHEAD) {
+      auto load_ahead = [&](Operands& to, int i) {  // past the last chunk: the first one's, or zeros
+        load_x(to, a, chunk_of(i == CHUNKS && index + 1 < own_tiles ? 0 : i), lane);
+      };
+#pragma unroll 1
+      for (int i = 0; i + 1 < CHUNKS; i += 2) {
+        load_ahead(x[1], i + 1);
+        take(index, i, x[0]);
+        load_ahead(x[0], i + 2);
+        take(index, i + 1, x[1]);
+      }
+      if constexpr (CHUNKS % 2) {
+        load_ahead(x[1], CHUNKS);
+        take(index, CHUNKS - 1, x[0]);
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+#pragma unroll
+          for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+            for (int w = 0; w < 2 * STEPS; w++) x[0][u][c][w] = x[1][u][c][w];
+      }
     } else {
 #pragma unroll 1
-      for (int i = 0; i < CHUNKS; i++) {
-        const bool again = X_AHEAD && i + 1 == CHUNKS && index + 1 < own_tiles;  // else past the last chunk it is zeros
-        load_x(x[X_AHEAD], a, (again ? 0 : i + X_AHEAD) * WARPS + warp, lane);
+      for (int i = 0; i + 1 < CHUNKS; i += 2) {
         take(index, i, x[0]);
-        if constexpr (X_AHEAD) {
-#pragma unroll
-          for (int u = 0; u < UNITS; u++)
-#pragma unroll
-            for (int c = 0; c < COLUMN_TILES; c++)
-#pragma unroll
-              for (int w = 0; w < 2 * STEPS; w++) x[0][u][c][w] = x[1][u][c][w];
-        }
+        take(index, i + 1, x[0]);
       }
+      if constexpr (CHUNKS % 2) take(index, CHUNKS - 1, x[0]);
     }
-    copy_from += tile_bytes;
+    if constexpr (SINGLE) break;
+    lane_begin += tile_bytes;
     added[index & 1].wait(index >> 1 & 1 ^ 1);
-    float* to = partial + (index & 1) * partials + (warp * a.m + 2 * t) * PARTIAL_STRIDE + g;
-#pragma unroll
-    for (int c = 0; c < COLUMN_TILES; c++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int column = c * 8 + (e & 1);
-        if (2 * t + column < a.m) {
-#pragma unroll
-          for (int r = 0; r < ROW_TILES; r++) to[column * PARTIAL_STRIDE + r * 16 + (e >> 1) * 8] = sums[r][c][e];
-        }
-      }
+    keep_sums(partial + (index & 1) * partials);
     __syncwarp();
     if (lane == 0) summed[index & 1].arrive();
     if (index > 0) add(index - 1);
   }
-  add(own_tiles - 1);
+  if constexpr (!SINGLE) {
+    add(own_tiles - 1);
+  } else {
+    float* sums_of_warps = (float*)shared;
+    __syncthreads();  // all are done with what lay there
+    keep_sums(sums_of_warps);
+    __syncthreads();
+    const int all = a.m * ROWS;
+    if constexpr (SPLIT == 1) {
+      for (int i = thread; i < all; i += THREADS) give_out(0, i, sum_of_warps(sums_of_warps, i));
+    } else {
+      // 32 elements after the other belong to each block in turn, which gets the sums of all blocks and adds these
+      const int share = (all + 32 * SPLIT - 1) / (32 * SPLIT) * 32;
+      auto place = [&](u32 block, int i) { return partial + block * share + i / (32 * SPLIT) * 32 + i % 32; };
+      wait_for_cluster();  // all have begun
+      for (int i = thread; i < all; i += THREADS)
+        store_in_cluster(address_in_cluster(place(rank, i), i / 32 % SPLIT), sum_of_warps(sums_of_warps, i));
+      arrive_in_cluster();
+      wait_for_cluster();
+      for (int i = thread; i < all; i += THREADS) {
+        if (i / 32 % SPLIT != rank) continue;
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 block = 0; block < SPLIT; block++) sum += *place(block, i);
+        give_out(0, i, sum);
+      }
+    }
+  }
 }

@@ -283,6 +283,39 @@ DEVICE bool left_for_last(Sum (&sums)[SUMS], const Shared& tile, u32 came_before
   return true;
 }
 
+// ---------------------------------------------------------------------------------------------- tiles of a cluster
+
+// The blocks of a cluster have a tile's sums, each of other columns: every one gets its share of x's rows from all, and
+// adds these up in the order of the columns. `memory` has room for all of a block's sums.
+template <int BLOCKS, int THREADS, int SUMS, typename Sum>
+DEVICE void add_in_cluster(Sum (&share)[SUMS / BLOCKS], const Sum (&sums)[SUMS], u8* memory, u32 rank) {
+  constexpr int FOURS = SUMS / BLOCKS / 4;
+  auto place = [&](u32 block, int c) { return memory + ((block * FOURS + c) * THREADS + threadIdx.x) * 16; };
+  arrive_in_cluster();
+  wait_for_cluster();  // nobody reads any more what lay there
+#pragma unroll
+  for (int to = 0; to < BLOCKS; to++) {
+    const u32 there = address_in_cluster(place(rank, 0), to);
+#pragma unroll
+    for (int c = 0; c < FOURS; c++) {
+      const Sum* four = sums + (to * FOURS + c) * 4;
+      store_in_cluster(there + c * THREADS * 16,
+                       make_uint4(bits_of(four[0]), bits_of(four[1]), bits_of(four[2]), bits_of(four[3])));
+    }
+  }
+  arrive_in_cluster();
+  wait_for_cluster();
+#pragma unroll
+  for (int c = 0; c < FOURS; c++)
+#pragma unroll
+    for (u32 block = 0; block < BLOCKS; block++) {
+      const uint4 four = *(const uint4*)place(block, c);
+      if (block == 0) share[4 * c] = share[4 * c + 1] = share[4 * c + 2] = share[4 * c + 3] = 0;
+      add_bits(share[4 * c], four.x), add_bits(share[4 * c + 1], four.y);
+      add_bits(share[4 * c + 2], four.z), add_bits(share[4 * c + 3], four.w);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------- the output
 
 DEVICE float as_float(float value) { return value; }

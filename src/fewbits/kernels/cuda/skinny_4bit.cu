@@ -11,14 +11,15 @@
 // The chunks of all tiles stand in one line, tile after tile, and each block takes an equal stretch of it, wherever
 // that begins and ends: so no number of tiles leaves a part of the GPU idle. Where several blocks share a tile, each
 // leaves its sums in the workspace, and the last of them adds all, in the order of the columns: which one that is does
-// not matter to the result.
+// not matter to the result. Or each tile is shared by SPLIT blocks, a cluster, which add up sums in each other's shared
+// memory (add_in_cluster in hopper.cuh).
 //
 // The sums of each 64 columns are scaled in fp32: scales in the pairs, all in 16 bits, would take less time, and be less
 // exact.
 //
 // Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block, 64 or more), NESTED (double quantization), TILE_M
-// (32 or 64 rows of x), WARPGROUPS, STAGES (chunks in the ring). The grid: blocks, no more than there are chunks; tiles
-// of x.
+// (32 or 64 rows of x), WARPGROUPS, STAGES (chunks in the ring), SPLIT (1 to 8: TILE_M / SPLIT is 8 or more). The grid:
+// blocks, no more than there are chunks, or SPLIT for each tile where that is not 1; tiles of x.
 
 #include "hopper.cuh"
 
@@ -127,7 +128,7 @@ DEVICE void decode_scales(float (&value)[4], const RawScales& raw, const Argumen
 
 // ---------------------------------------------------------------------------------------------- the kernel
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __grid_constant__ Arguments a) {
+extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) u8 shared[];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const u32 lane4 = lane * 4;
@@ -290,6 +291,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
     u16* out = a.out + (long long)blockIdx.y * TILE_M * a.n;
     write_sums(sums, out, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
   };
+  auto finish_in_cluster = [&] {
+    constexpr int SHARE = TILE_M / SPLIT;  // rows of x
+    float share[SUMS / SPLIT];
+    add_in_cluster<SPLIT, CONSUMERS>(share, sums, shared, blockIdx.x % SPLIT);
+    const int first = blockIdx.x % SPLIT * SHARE;
+    u16* out = a.out + (long long)(blockIdx.y * TILE_M + first) * a.n;
+    write_sums(share, out, min(m - first, SHARE), a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
+  };
   int left_tile = -1;  // whose sums were left for the last of its blocks
   u32 came_before = 0;
   auto finish = [&] {
@@ -343,6 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) skinny_4bit(const __gri
       if (lane == 0) free[now].arrive();
       if (++chunk < tile_end) next_scales();
     }
+    if constexpr (SPLIT > 1) return finish_in_cluster();
     finish();
     if (left == 0) break;
     tile++;

@@ -1,8 +1,8 @@
 // out[M, N] = x[M, K] @ weight[N, K].T + bias for a weight in 4 or 8 bits and many rows of x: a prompt, or many texts.
 // For sm_90a.
 //
-// Two warpgroups multiply, each 64 rows of the weight by TILE_M rows of x, whose sums stay in registers while K goes
-// by. A third one fills a ring of slots in shared memory, each of 64 (4 bits) or 128 columns (8 bits): of x, which the
+// Warpgroups multiply, each 64 rows of the weight by TILE_M rows of x, whose sums stay in registers while K goes
+// by. One more fills a ring of slots in shared memory, each of 64 (4 bits) or 128 columns (8 bits): of x, which the
 // copy engine brings box by box, and of the weight. Barriers say which slots are full, and which are free again.
 //
 // 4 bits: the third warpgroup decodes the scales, too. A multiplying warp looks up the two values of a byte, multiplies
@@ -16,11 +16,13 @@
 // MOST_OUTLIERS columns have any, x is taken as it was instead, and the weight's codes are widened as 4 bits are decoded.
 //
 // The tiles stand in an order in which blocks that run at the same time share rows of x and of the weight in the
-// second-level cache. The last ones are shared by blocks (see all_added in hopper.cuh), so that none is idle.
+// second-level cache. The last ones are shared by blocks (see all_added in hopper.cuh), so that none is idle. Or all tiles
+// are shared by SPLIT blocks each, a cluster, which add up sums in each other's shared memory (add_in_cluster).
 //
-// Compiled for: BF16, BITS, TILE_M (64, 128 or 256 rows of x), STAGES (slots), and for 4 bits FORMAT_BLOCK (elements of
-// a quantization block, 64 or more) and NESTED (double quantization), for 8 bits MOST_OUTLIERS (16 at most). The grid:
-// blocks, no more than there are chunks of tiles.
+// Compiled for: BF16, BITS, TILE_M (64, 128 or 256 rows of x), WARPGROUPS (that multiply: 2; or 3 in 4 bits, for 128 rows
+// of x), STAGES (slots), SPLIT (1, 2 or 4: TILE_M / SPLIT is 32 or more), and for 4 bits FORMAT_BLOCK (elements of a
+// quantization block, 64 or more) and NESTED (double quantization), for 8 bits MOST_OUTLIERS (16 at most). The grid:
+// blocks, no more than there are chunks of tiles; SPLIT for each tile where that is not 1.
 
 #include "hopper.cuh"
 
@@ -57,7 +59,9 @@ struct Arguments {
 #endif
 };
 
-constexpr int CONSUMERS = 256, ROWS = 128, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+constexpr int CONSUMERS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
+// registers of a thread; more than the block has would be waited for forever
+constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
 constexpr int X_BYTES = TILE_M * 128;                       // of a slot: 128 bytes of each row
 constexpr int ROW_BYTES = BITS == 4 ? 32 : 128;             // of a row of the weight, in a slot
 constexpr int CODE_BYTES = ROWS * ROW_BYTES, SCALE_BYTES = BITS == 4 ? ROWS * 4 : 0;
@@ -66,6 +70,8 @@ constexpr int TABLE_BYTES = BITS == 4 ? 65536 : 0;          // a Pair for each b
 constexpr int DYNAMIC_BYTES = BITS == 4 ? 1024 : 0;
 constexpr int EXACT_BYTES = BITS == 8 ? X_BYTES : 0;        // columns of outliers of x
 constexpr int GROUP = 1024 / TILE_M;                        // tiles of x that blocks work on at a time
+constexpr int SCALE_TURNS = (ROWS + PRODUCERS - 1) / PRODUCERS;
+constexpr int SHARE = TILE_M / SPLIT;                       // rows of x that a block of a cluster gives out
 
 // How a chunk of 128 columns is multiplied: at one go as integers, or in two halves with the weight as 16-bit numbers.
 struct Integers {
@@ -141,7 +147,7 @@ DEVICE float2 values_of(Pair pair) { return pair; }
 #endif
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_constant__ Arguments a) {
+extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) u8 shared[];
   const int thread = threadIdx.x, lane = kept(thread & 31), warp = kept(thread >> 5);
   const int chunks = (a.k + 127) / 128;
@@ -209,15 +215,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
 
   // ------------------------------------------------------------------------------------------ filling
   if (thread >= CONSUMERS) {
-    give_registers<40>();
-    const int own = thread - CONSUMERS;  // a row of the weight
+    give_registers<PRODUCER_REGISTERS>();
+    const int own = thread - CONSUMERS;  // a row of the weight, and the one 128 further
     if (BITS == 8 && own > 0) return;
 #if BITS == 4
     // What does not come from the kernel before is on its way while that ends.
     const Part first = part_of(0);
     const int first_row = place_of(first.tile).weight_row;
     if (own < STAGES) fetch_box(a.weight_map, first.begin * 64 + own * 32, first_row);
-    RawScales raw = read_scales(a, min(first_row + own, a.n - 1), first.begin * 128 / FORMAT_BLOCK);
+    RawScales raw[SCALE_TURNS];
+    auto read = [&](int row, int block) {
+#pragma unroll
+      for (int turn = 0; turn < SCALE_TURNS; turn++)
+        raw[turn] = read_scales(a, min(row + min(own + turn * PRODUCERS, ROWS - 1), a.n - 1), block);
+    };
+    read(first_row, first.begin * 128 / FORMAT_BLOCK);
 #endif
     wait_for_previous_kernel();
 #if BITS == 8
@@ -262,13 +274,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
     int weight_row = first_row, block = first.begin * 128 / FORMAT_BLOCK;
     for (int i = 0; i < slots; i++) {
       wait_and_copy();
-      slot_scales[slot * ROWS + own] = scale_of(raw, block, dynamic, offset) * per_factor;
+#pragma unroll
+      for (int turn = 0; turn < SCALE_TURNS; turn++)
+        if (const int row = own + turn * PRODUCERS; row < ROWS)
+          slot_scales[slot * ROWS + row] = scale_of(raw[turn], block, dynamic, offset) * per_factor;
       __syncwarp();
       if (lane == 0) full[slot].arrive();
       // the next slot's, long before it is free; past the last one any
       const int next = min(column() / FORMAT_BLOCK, row_blocks - 1);
       if (!scales_in_fours(row_blocks) || place.weight_row != weight_row || next >> 2 != block >> 2)
-        raw = read_scales(a, min(place.weight_row + own, a.n - 1), next);
+        read(place.weight_row, next);
       weight_row = place.weight_row, block = next;
       advance();
     }
@@ -277,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
   }
 
   // ------------------------------------------------------------------------------------------ multiplying
-  take_registers<232>();
+  take_registers<CONSUMER_REGISTERS>();
   const int g = lane >> 2, t = lane & 3, row_of_tile = warp * 16 + g;
   auto release = [&](int slot) {
     if (lane == 0) free[slot].arrive();
@@ -383,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
 
 #if BITS == 8
   // What x lost in columns with outliers, times the weight's codes, is added to sums of so many rows of x.
-  auto add_outliers = [&](int(&sums)[SUMS], int x_row, int m, int row) {
+  auto add_outliers = [&](auto& sums, int x_row, int m, int row) {
     u32 operand[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -391,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       const int j = t * 2 + i / 2 * 8;
       operand[i] = pair_of_two(from[listed[j]], from[listed[j + 1]]);
     }
-    if (thread < TILE_M) {
+    if (thread < TILE_M) {  // more than there are sums for, but nobody else has that place
       const long long at = x_row + min(thread, m - 1);
       const float scale = a.x_scales[at];
       auto lost = [&](int j) {  // past the last column: nothing
@@ -436,8 +451,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       const u32 last = whole ? blockIdx.x : stretch_of(line, in_line + chunks - 1, blocks);
       return Shared{a.workspace, a.counters + tile, last_to_come, first, last};
     };
-    auto give_out = [&](const Place& place) {
-      const int m = min(TILE_M, a.m - place.x_row), row = place.weight_row + warp * 16;
+    auto give_out = [&](auto& sums, const Place& place, int rows) {  // of x
+      constexpr int SUMS = sizeof(sums) / 4;
+      const int m = min(rows, a.m - place.x_row), row = place.weight_row + warp * 16;
 #if BITS == 8
       if constexpr (!DECODED) {  // from here on the bits of fp32
 #pragma unroll
@@ -504,17 +520,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) wide(const __grid_const
       sums_are_there(sums);
       release(before);
 
+      if constexpr (SPLIT > 1) {
+        typename Kind::Sum share[SUMS / SPLIT];
+        add_in_cluster<SPLIT, CONSUMERS>(share, sums, shared, blockIdx.x % SPLIT);
+        const int x_row = place.x_row + blockIdx.x % SPLIT * SHARE;
+        if (x_row < a.m) give_out(share, Place{place.weight_row, x_row}, SHARE);
+        return;
+      }
       const Shared shared_tile = shared_by(part.tile, index < whole);
       if (index + 1 < parts && shared_tile.first != shared_tile.last) {
         came_before = leave_part<CONSUMERS>(sums, shared_tile);
         left_part = index;
       } else if (all_added<CONSUMERS, 1>(sums, shared_tile)) {
-        give_out(place);
+        give_out(sums, place, TILE_M);
       }
     }
     if (left_part >= 0) {
       const int tile = part_of(left_part).tile;
-      if (left_for_last<CONSUMERS, 1>(sums, shared_by(tile, false), came_before)) give_out(place_of(tile));
+      if (left_for_last<CONSUMERS, 1>(sums, shared_by(tile, false), came_before)) give_out(sums, place_of(tile), TILE_M);
     }
   };
 #if BITS == 8
