@@ -137,6 +137,12 @@ def test_the_quickest(cuda, rows):
     check(product(cuda, x, q), x, q, None)
 
 
+@pytest.mark.parametrize("rows", [10, 20])
+def test_short_blocks_are_decoded_where_another_kernel_would_be_quicker(cuda, rows, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "quickest", lambda *_: "skinny")
+    check_product(cuda, "decode.cu", QuantSpec("nf4", 32, True), rows, 40, 192, BF16)
+
+
 def test_what_is_not_served(cuda):
     q = quantized(QuantSpec("nf4"), 16, 64)
     assert product(cuda, torch.randn(2, 64), q) is NotImplemented  # fp32
@@ -395,10 +401,24 @@ MUTATIONS = {
     "scales of many rows are read early": (
         "wide.cu", "      __syncwarp();\n      if (lane == 0) full", "      if (lane == 0) full",
     ),
+    "a cluster's sums are read before they are there": (
+        "decode.cu", "      arrive_in_cluster();\n      wait_for_cluster();\n", "",
+    ),
+    "a block may be written to before it begins": (
+        "decode.cu", "      wait_for_cluster();  // all have begun\n", "",
+    ),
+    "sums are written over codes that are still read": (
+        "hopper.cuh", "  arrive_in_cluster();\n  wait_for_cluster();  // nobody reads any more what lay there\n", "",
+    ),
+    "shares are added before they are there": (
+        "hopper.cuh", "  }\n  arrive_in_cluster();\n  wait_for_cluster();\n", "  }\n",
+    ),
     "scales are read before they are there": ("skinny_4bit.cu", "value[3]);\n    __syncwarp();", "value[3]);"),
 }  # fmt: skip
 
 
+CLUSTERED = "wait_for_cluster"
+ROOM = {"decode.cu": 200_000, "skinny_4bit.cu": 115_000, "wide.cu": 230_400, "hopper.cuh": 115_000}
 FEW = "lanes do not wait for each other's copies", "x is read too early", "a chunk is read before it is full"
 
 
@@ -406,7 +426,7 @@ FEW = "lanes do not wait for each other's copies", "x is read too early", "a chu
     ("limits", "mutation"),
     [
         pytest.param(
-            (1, {"decode.cu": 200_000, "skinny_4bit.cu": 115_000, "wide.cu": 230_400}[MUTATIONS[name][0]]), name,
+            (2 if CLUSTERED in MUTATIONS[name][1] else 1, ROOM[MUTATIONS[name][0]]), name,
             marks=() if name in FEW else pytest.mark.slow, id=name,
         )
         for name in MUTATIONS
@@ -423,13 +443,17 @@ def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
         (tmp_path / source.name).write_text(text)
     monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
     spec = QuantSpec("nf4", 64, True)
-    sizes = {"decode.cu": (3, 160, 2112), "skinny_4bit.cu": (17, 300, 1152), "wide.cu": (140, 140, 2048)}
-    rows, n, k = sizes[changed]
+    way = {"decode.cu": "decode", "wide.cu": "wide"}.get(changed, "skinny")
+    rows, n, k = {"decode": (3, 160, 2112), "skinny": (17, 300, 1152), "wide": (140, 140, 2048)}[way]
+    split = 2 if CLUSTERED in right else 1
+    if split == 2:
+        n = 30
+        monkeypatch.setattr(cuda_plans, "_decode_shape", lambda *_: cuda_plans.DecodeShape(2, 2))
+    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(2, split))
     q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
-    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(2, 1))
     for _ in range(10):
         try:
-            with use_way(changed.split(".")[0].split("_")[0]):
+            with use_way(way):
                 check(product(cuda, x, q), x, q, None)
         except (AssertionError, EmulatorError):
             return

@@ -105,6 +105,56 @@ def test_many_rows(spec):
             assert torch.equal(served(x, q, bias), out)
 
 
+def test_clusters_that_run_at_once():
+    from fewbits.kernels import cuda_plans
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    counts = {blocks: cuda_plans.most_clusters(blocks, 0) for blocks in (1, 2, 4, 8)}
+    assert counts[1] == processors
+    assert all(processors // 2 < blocks * count <= processors for blocks, count in counts.items()), counts
+
+
+@pytest.mark.parametrize(
+    ("way", "shape", "rows", "n", "k"),
+    [
+        *(("decode", shape, rows, 700, k) for shape in ((1, 1), (2, 1), (3, 1), (2, 2), (3, 2))
+          for rows, k in ((1, 4096), (13, 5184))),
+        *(("skinny", shape, rows, 1000, 4096 + 64) for shape in ((2, 1), (2, 2), (3, 2), (2, 4), (3, 4), (4, 1))
+          for rows in (19, 32)),
+        *(("skinny", shape, 120, 500, 3008) for shape in ((2, 2), (3, 4), (2, 8))),
+        *(("wide", shape, 250, 500, 4096 + 64)
+          for shape in ((128, 2, 1), (128, 2, 2), (128, 2, 4), (128, 3, 1), (128, 3, 2), (128, 3, 4),
+                        (256, 2, 1), (256, 2, 2), (256, 2, 4))),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+def test_every_shape_of_blocks(way, shape, rows, n, k, dtype, monkeypatch):
+    """Also those that the table would not take for so small a weight."""
+    from fewbits.kernels import cuda_plans
+    from fewbits.kernels.ways import use_way
+
+    kind = {"decode": cuda_plans.DecodeShape, "skinny": cuda_plans.SkinnyShape, "wide": cuda_plans.WideShape}[way]
+    plan = getattr(cuda_plans, way)
+    monkeypatch.setattr(cuda_plans, f"_{way}_shape", lambda *_: kind(*shape))
+    plan.cache_clear()
+    try:
+        for spec in (
+            QuantSpec("nf4", 64, True),
+            QuantSpec("fp4", 64),
+            *([QuantSpec("int8")] if way != "skinny" else ()),
+        ):
+            if spec.format == "int8" and shape in ((128, 3, 1), (128, 3, 2), (128, 3, 4)):
+                continue  # of 4 bits alone
+            q, x, bias = quantized(spec, n, k), torch.randn(rows, k, device="cuda", dtype=dtype), biases(n, dtype)
+            with use_way(way):
+                out = served(x, q, bias)
+                check(out, x, q, bias)
+                assert torch.equal(served(x, q, bias), out)
+    finally:
+        plan.cache_clear()
+
+
 @pytest.mark.parametrize("columns", [0, 6, 16, 200])
 @pytest.mark.parametrize("rows", [33, 60, 128, 300, 2048])
 def test_rows_of_x_in_8_bits(rows, columns):

@@ -57,7 +57,10 @@ def ways(kind: str, n: int, k: int, rows: int, device: int) -> tuple[str, ...]:
                 way = _quickest(rows, n, k, device)
             elif way == "wide" and kind == "4-bit" and rows > _ANY_TILES and not _fills(kind, n, k, rows, device):
                 way = "dequantize"
-            return (way,) if way == "dequantize" else (way, "dequantize")
+            if way == "dequantize":
+                return (way,)
+            # short blocks of quantization are served by few of the kernels
+            return (way, "decode", "dequantize") if kind == "4-bit" and way != "decode" else (way, "dequantize")
     raise AssertionError("steps end with MOST")
 
 
