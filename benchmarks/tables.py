@@ -149,6 +149,7 @@ def decode() -> str:
                 f"{rows[name]['weight_bytes'] / GiB:.2f}",
             )
             for name, title in _MODELS.items()
+            if name in rows  # a run that its time limit ended has not all
         ),
     )  # fmt: skip
 

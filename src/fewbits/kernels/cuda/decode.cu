@@ -193,14 +193,15 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
       // What is added last: a lane's place to a block's address, or a block's rows to a lane's address. With one tile the
       // first takes fewer registers, with several the second fewer instructions: 3 to 8 % of time on an H200 either way.
       const u8* from = (SINGLE ? tile_begin : lane_begin + (next ? tile_bytes : 0)) + i * (SPLIT * WARPS * 64);
-      long long upper = (long long)(r * 16) * row_bytes, lower = (long long)(r * 16 + 8) * row_bytes;
-      if constexpr (SINGLE) upper = (u32)upper + own_place, lower = (u32)lower + own_place;
+      int upper_row = r * 16, lower_row = r * 16 + 8;
       bool there = true;
       if (!WHOLE) {  // rows past the last are read as the last, and not written
         const int last = a.n - 1 - row_of(index + next) - g;
-        upper -= (long long)max(r * 16 - last, 0) * row_bytes, lower -= (long long)max(r * 16 + 8 - last, 0) * row_bytes;
+        upper_row = min(upper_row, last), lower_row = min(lower_row, last);
         there = chunk_of(i) * 64 + piece * 16 < row_bytes;
       }
+      long long upper = (long long)upper_row * row_bytes, lower = (long long)lower_row * row_bytes;
+      if constexpr (SINGLE) upper = (u32)upper + own_place, lower = (u32)lower + own_place;
       copy_async(copy_to + slot * SLOT, there ? from + upper : a.packed, there ? 16 : 0);
       copy_async(copy_to + slot * SLOT + 512, there ? from + lower : a.packed, there ? 16 : 0);
     }
