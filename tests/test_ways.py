@@ -40,7 +40,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def first(kind, rows, n=4096, k=4096):
-    return ways.ways(kind, n, k, rows, 0)[0]
+    return ways.ways(kind, n, k, rows, 0, cuda_plans.quickest)[0]
 
 
 def test_every_table_covers_all_rows_with_known_ways():

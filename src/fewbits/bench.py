@@ -137,7 +137,9 @@ def _timing(shape: tuple[int, int], x: Tensor, plain: list[Tensor], quantized: l
 
 
 def _taken(shape: tuple[int, int], x: Tensor, weight: QuantTensor) -> str:
-    return ways(_kind(weight.spec), *shape, len(x), x.get_device())[0]
+    from fewbits.kernels import cuda_plans
+
+    return ways(_kind(weight.spec), *shape, len(x), x.get_device(), cuda_plans.quickest)[0]
 
 
 def _way_us(way: str, x: Tensor, quantized: list[QuantTensor]) -> float | None:

@@ -309,7 +309,7 @@ def linear_4bit(
         return NotImplemented
     scales = _scales(absmax, nested_absmax, nested_offset)
     product = _Product(x, packed, scales, bias, format, block_size, n, k, rows)
-    for way in ways("4-bit", n, k, rows, x.get_device()):
+    for way in ways("4-bit", n, k, rows, x.get_device(), plans.quickest):
         out = _WAYS_4BIT[way](product)
         if out is not NotImplemented:
             return out
@@ -349,7 +349,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
         return NotImplemented
     bf16, index = x.dtype is torch.bfloat16, x.get_device()
     absmax = _aligned(absmax)
-    for way in ways("int8", n, k, rows, index):
+    for way in ways("int8", n, k, rows, index, plans.quickest):
         wide = plans.wide(rows, n, k, bf16, 8, 64, False, index) if way == "wide" and threshold > 0 else None
         if wide is not None:
             return _linear_of_quantized(wide, x, q, absmax, bias, threshold)

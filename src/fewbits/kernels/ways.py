@@ -13,7 +13,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.kernels.nvrtc import cache_folder
 
 WAYS = ("decode", "skinny", "wide", "dequantize")
-QUICKEST = "quickest"  # in a table: the one of these that takes the least time, about (cuda_plans.quickest)
+QUICKEST = "quickest"  # in a table: the one of these that takes the least time, about
 MOST = 1 << 62
 Steps = tuple[tuple[int, str], ...]  # up to so many rows of x: this way; ascending, to MOST
 
@@ -42,19 +42,22 @@ _ANY_TILES, _FILLED = 1024, 0.86
 _forced: str | None = None
 
 
-def ways(kind: str, n: int, k: int, rows: int, device: int) -> tuple[str, ...]:
+def ways(
+    kind: str, n: int, k: int, rows: int, device: int, quickest: Callable[[int, int, int, int], str]
+) -> tuple[str, ...]:
     """The ways to try, in this order, for so many rows of x and a weight [n, k].
 
     Args:
         kind: "4-bit" or "int8".
         device: the GPU's index.
+        quickest: tells the way for ``rows``, ``n``, ``k`` and ``device`` where the table leaves it to that.
     """
     if _forced is not None:
         return (_forced,)
     for up_to, way in _steps(kind, n, k, device):
         if rows <= up_to:
             if way == QUICKEST:
-                way = _quickest(rows, n, k, device)
+                way = quickest(rows, n, k, device)
             elif way == "wide" and kind == "4-bit" and rows > _ANY_TILES and not _fills(kind, n, k, rows, device):
                 way = "dequantize"
             if way == "dequantize":
@@ -62,12 +65,6 @@ def ways(kind: str, n: int, k: int, rows: int, device: int) -> tuple[str, ...]:
             # short blocks of quantization are served by few of the kernels
             return (way, "decode", "dequantize") if kind == "4-bit" and way != "decode" else (way, "dequantize")
     raise AssertionError("steps end with MOST")
-
-
-def _quickest(rows: int, n: int, k: int, device: int) -> str:
-    from fewbits.kernels import cuda_plans  # which is only there with CUDA
-
-    return cuda_plans.quickest(rows, n, k, device)
 
 
 def _fills(kind: str, n: int, k: int, rows: int, device: int) -> bool:
