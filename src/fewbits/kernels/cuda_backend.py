@@ -250,7 +250,7 @@ def _skinny_4bit(product: _Product) -> Any:
     if skinny is None:
         return NotImplemented
     device, x_tiles = product.x.device, -(-product.rows // skinny.tile_m)
-    sums = torch.empty(x_tiles * 2 * skinny.blocks * skinny.rows * skinny.tile_m, dtype=torch.float32, device=device)
+    sums = torch.empty(x_tiles * skinny.parts * skinny.rows * skinny.tile_m, dtype=torch.float32, device=device)
     counters = plans.counters_for(device, torch._C._cuda_getCurrentRawStream(index), x_tiles * skinny.tiles)
     table = plans.pairs(product.format, product.x.dtype, device)
     more = sums.data_ptr(), counters.data_ptr()

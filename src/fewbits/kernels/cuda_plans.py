@@ -265,6 +265,7 @@ class Skinny(NamedTuple):
     blocks: int
     tiles: int  # of the weight, each of ``rows`` rows
     rows: int
+    parts: int  # of tiles, whose sums blocks leave in memory, for each tile of x: none where clusters add them up
 
 
 class SkinnyShape(NamedTuple):
@@ -326,7 +327,7 @@ def skinny_variant(
     kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, threads, shared)
     tiles = -(-n // rows)
     blocks = tiles * shape.split if shape.split > 1 else _blocks(processors, tiles, k)
-    return None if kernel is None else Skinny(kernel, tile_m, blocks, tiles, rows)
+    return None if kernel is None else Skinny(kernel, tile_m, blocks, tiles, rows, 2 * blocks * (shape.split == 1))
 
 
 # ------------------------------------------------------------------------------------------------- many rows
@@ -384,9 +385,8 @@ def wide(
 
 def _wide_us(shape: WideShape, rows: int, n: int, k: int, bits: int, device: int) -> float:
     of = _WIDE_COSTS[bits][shape.tile_m, shape.warpgroups]
-    return _cost(of, shape.tiles(rows, n), k, shape.split, device) + (
-        1.1 if bits == 4 else 6.0
-    )  # fitted; of 8 bits with quantizing x
+    alone = 1.1 if bits == 4 else 6.0  # fitted; of 8 bits with quantizing x
+    return _cost(of, shape.tiles(rows, n), k, shape.split, device) + alone
 
 
 def _wide_shape(rows: int, n: int, k: int, bits: int, device: int) -> WideShape:

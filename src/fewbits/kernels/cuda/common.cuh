@@ -94,6 +94,7 @@ DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// No .nc: such a load has no order with anything, and ptxas puts it off until just before its use.
 DEVICE uint4 load_16_bytes(const void* pointer) {
   uint4 out;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -48,7 +48,8 @@ constexpr int SCALES = ROWS * CHUNK_SCALES;            // floats of a chunk
 constexpr int SCALE_TURNS = (ROWS + 31) / 32;          // a lane reads the scales of one row in each
 constexpr int PARTIAL_STRIDE = ROWS + 4;               // floats: what a warp writes at once lies in 32 banks
 constexpr int X_WORDS = UNITS * COLUMN_TILES * 2 * STEPS;  // of a chunk
-// in registers: all of x, or what is wanted now and, where there is room, next; or the next takes its place unit by unit
+// in registers: all of x, or what is wanted now and, where there is room, next; or the next takes its place unit by unit;
+// the bounds were measured on an H200
 constexpr bool X_STAYS = CHUNKS * X_WORDS <= 64 && TILE_SLOTS <= (BITS == 8 ? 16 : 8);
 constexpr bool X_AHEAD = !X_STAYS && X_WORDS <= (BITS == 8 ? 24 : SINGLE ? 32 : 16);
 constexpr bool X_IN_PLACE = !X_STAYS && !X_AHEAD;
