@@ -235,9 +235,7 @@ class _Product(NamedTuple):
 
 def _decode_4bit(product: _Product) -> Any:
     bf16, block_size, nested, index = product.kind()
-    if product.rows > plans.FEW_ROWS:
-        return NotImplemented
-    found = plans.decode(product.n, product.k, -(-product.rows // 8), bf16, 4, block_size, nested, index)
+    found = plans.decode(product.n, product.k, product.rows, bf16, 4, block_size, nested, index)
     if found is None:
         return NotImplemented
     table = plans.pairs(product.format, product.x.dtype, product.x.device)
@@ -364,7 +362,7 @@ def _decode_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, n: i
     out, all_rows = x.new_empty((*x.shape[:-1], n)), _rows(x, k)
     for first in range(0, rows, most):
         count = min(most, rows - first)
-        plan = plans.decode(n, k, -(-count // 8), bf16, 8, 64, False, index)
+        plan = plans.decode(n, k, count, bf16, 8, 64, False, index)
         if plan is None:
             return NotImplemented
         part, part_out = all_rows, out

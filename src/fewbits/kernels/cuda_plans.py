@@ -39,6 +39,29 @@ class _Cost(NamedTuple):
     clusters: dict[int, float]  # more, where so many blocks of a cluster do, beside what a block alone takes at its end
 
 
+class _DecodeCost(NamedTuple):
+    """The same of a product by decode.cu."""
+
+    alone: float
+    slot: float  # of 16 rows by a chunk of each warp
+    chunk: float  # of each warp, whatever the rows of a tile
+    tile: float  # where the sums of all of a block's have no place of their own
+    cluster: float  # where a tile is shared
+    ragged: float = 0.0  # of a slot, where rows are not whole chunks of all warps
+
+
+# of decode.cu by bits of the weight and tiles of 8 rows of x
+_DECODE_COSTS = {
+    4: {
+        1: _DecodeCost(1.35, 0.536, 0.231, 0.0, 0.22), 2: _DecodeCost(1.42, 0.790, 0.304, 0.0, 0.09, 0.107),
+        3: _DecodeCost(1.18, 1.039, 0.656, 0.24, 0.43), 4: _DecodeCost(0.0, 1.690, 0.960, 0.38, 0.58, 0.086),
+    },
+    8: {
+        1: _DecodeCost(1.02, 0.456, 0.050, 0.0, 0.11), 2: _DecodeCost(1.36, 0.510, 0.090, 0.07, 0.31),
+        3: _DecodeCost(1.62, 0.509, 0.229, 0.12, 0.51), 4: _DecodeCost(2.22, 0.550, 0.286, 0.47, 0.33),
+    },
+}  # fmt: skip
+_MANY_ROWS = 2.5  # microseconds more of decode.cu with tiles of more than 48 rows
 # of skinny_4bit.cu by rows of x in a tile and warpgroups; of wide.cu by bits of the weight, rows of x and warpgroups
 _SKINNY_COSTS = {
     32: {
@@ -156,101 +179,119 @@ class _Decode(NamedTuple):
     chunks: int  # of a warp, for each row
     stages: int
     shared: int
-    single: bool
+    whole: bool  # rows are whole chunks of all warps, and the tiles have all their rows
+    kept: int  # tiles whose sums have a place of their own: all of a block's, or 0
 
-
-def _stages(bits: int, tiles: int, slots: int, chunks: int, single: bool) -> int:
-    """Slots of a warp's ring: measured on an H200."""
-    if bits == 8:
-        return 3 if tiles == 4 and single and chunks > 4 else 4
-    # four pay where a tile's are a multiple, constants to the compiler
-    return 4 if not single and slots % 4 == 0 and chunks <= 4 else 3
+    @property
+    def single(self) -> bool:
+        return self.rounds == 1
 
 
 def decode_plan(
-    shape: DecodeShape, n: int, k: int, tiles: int, bits: int, block_size: int, device: int
+    shape: DecodeShape, n: int, k: int, rows: int, bits: int, block_size: int, device: int
 ) -> _Decode | None:
     """None where it does not fit a block's memory, or not all blocks run at once that have to."""
     processors, room = limits(device)
     row_tiles, split = shape
-    rows = 16 * row_tiles
+    tile_rows, tiles = 16 * row_tiles, -(-rows // 8)
     row_bytes = k * bits // 8
     chunks = -(-row_bytes // (_CHUNK * _WARPS * split))
     columns = _CHUNK * 8 // bits
-    weight_tiles = -(-n // rows)
+    weight_tiles = -(-n // tile_rows)
     rounds = -(-weight_tiles * split // processors)
-    single = rounds == 1
-    if split > 1 and weight_tiles > most_clusters(split, device):
+    if split > 1 and (rounds > 1 or weight_tiles > most_clusters(split, device)):
         return None
-    slots = chunks * row_tiles
-    stages = min(_stages(bits, tiles, slots, chunks, single), slots + 1)
-    scales = 2 * _WARPS * rows * max(columns // block_size, 1) * 4 if bits == 4 else 0
-    sums = _WARPS * 8 * tiles * (rows + 4) * 4
+    # slots of a warp's ring: measured on an H200
+    stages = 4 if bits == 8 and not (tiles == 4 and rounds == 1 and chunks > 4) else 3
+    stages = min(stages, chunks * row_tiles + 1)
+    scales = 4 * _WARPS * (tile_rows + 1) * max(columns // block_size, 1) * 4 if bits == 4 else 0
     shared = (_TABLE if bits == 4 else 0) + _WARPS * stages * 1024 + scales
-    shared = max(shared, sums) + (8 * tiles * rows + 32 * split) * 4 if single else shared + 2 * sums
+
+    def sums(rows_of_x: int, tiles: int) -> int:
+        return _WARPS * rows_of_x * (tile_rows * tiles + 4) * 4
+
+    kept = rounds
+    if rounds == 1:
+        shared = max(shared, sums(8 * tiles, 1)) + (8 * tiles * tile_rows + 32 * split) * 4
+    elif shared + sums(8 * tiles, rounds) <= room:
+        shared += sums(8 * tiles, rounds)
+    elif rows <= 4 and shared + sums(4, rounds) <= room:
+        shared += sums(4, rounds)
+    else:
+        kept = 0
+        shared += 2 * sums(8 * tiles, 1)
     # of two kernels in a row no blocks are to share a processor: others would have none
     shared = max(shared, room // 2 + 1024)
     if shared > room:
         return None
-    return _Decode(
-        weight_tiles * split if single else min(weight_tiles, processors), rounds, chunks, stages, shared, single
-    )
+    blocks = weight_tiles * split if rounds == 1 else min(weight_tiles, processors)
+    whole = n % tile_rows == 0 and row_bytes % (_CHUNK * _WARPS * split) == 0
+    return _Decode(blocks, rounds, chunks, stages, shared, whole, kept)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def decode_variant(
-    shape: DecodeShape, n: int, k: int, tiles: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
+    shape: DecodeShape, n: int, k: int, rows: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
 ) -> tuple[Kernel, int] | None:
     """The kernel for blocks of this shape, and how many run it."""
-    plan = decode_plan(shape, n, k, tiles, bits, block_size, device)
+    plan = decode_plan(shape, n, k, rows, bits, block_size, device)
     if plan is None:
         return None
-    early = plan.rounds == 1 and tiles == 1 and (bits == 8 or plan.chunks <= 4)  # measured on an H200
-    whole = n % (16 * shape.row_tiles) == 0 and k * bits // 8 % (_CHUNK * _WARPS * shape.split) == 0
+    tiles, row_bytes = -(-rows // 8), k * bits // 8
+    early = plan.single and tiles == 1 and (bits == 8 or plan.chunks <= 4)  # measured on an H200
     defines = (
         ("BF16", int(bf16)), ("BITS", bits), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)),
         ("COLUMN_TILES", tiles), ("ROW_TILES", shape.row_tiles), ("CHUNKS", plan.chunks), ("STAGES", plan.stages),
-        ("WHOLE", int(whole)), ("SINGLE", int(plan.single)), ("SPLIT", shape.split), ("X_EARLY", int(early)),
+        ("WHOLE", int(plan.whole)), ("WHOLE_CHUNKS", int(row_bytes % _CHUNK == 0)), ("TILES", plan.kept),
+        ("SPLIT", shape.split), ("X_EARLY", int(early)),
     )  # fmt: skip
     kernel = made("decode.cu", defines, device, _DECODE_ARGUMENTS, 32 * _WARPS, plan.shared)
     return None if kernel is None else (kernel, plan.blocks)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def decode(
-    n: int, k: int, tiles: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
+    n: int, k: int, rows: int, bf16: bool, bits: int, block_size: int, nested: bool, device: int
 ) -> tuple[Kernel, int] | None:
-    """The kernel for up to ``8 * tiles`` rows of x and how many blocks run it; None where it does not serve.
+    """The kernel for so many rows of x and how many blocks run it; None where it does not serve.
 
     ``block_size``: of 4 bits; for 8 any from 64 on.
     """
-    if k % (max(block_size, 64) if bits == 4 else 16):
+    if rows > FEW_ROWS or k % (max(block_size, 64) if bits == 4 else 16):
         return None
-    shape = _decode_shape(n, k, tiles, bits, block_size, device)
-    return shape and decode_variant(shape, n, k, tiles, bf16, bits, block_size, nested, device)
+    shape = _decode_shape(n, k, rows, bits, block_size, device)
+    return shape and decode_variant(shape, n, k, rows, bf16, bits, block_size, nested, device)
 
 
-# that were faster than others on some shape; and more rows with one tile a block alone
-_DECODE_SHAPES = DecodeShape(2, 1), DecodeShape(1, 1), DecodeShape(3, 1), DecodeShape(2, 2), DecodeShape(3, 2)
+# that were faster than others on some shape
+_DECODE_SHAPES = (
+    DecodeShape(2, 1), DecodeShape(1, 1), DecodeShape(3, 1), DecodeShape(7, 1), DecodeShape(2, 2), DecodeShape(3, 2)
+)  # fmt: skip
 
 
-def _decode_shape(n: int, k: int, tiles: int, bits: int, block_size: int, device: int) -> DecodeShape | None:
-    found = _least_decode(n, k, tiles, bits, block_size, device)
+def _decode_shape(n: int, k: int, rows: int, bits: int, block_size: int, device: int) -> DecodeShape | None:
+    found = _least_decode(n, k, rows, bits, block_size, device)
     return found and found[1]
 
 
 def _least_decode(
-    n: int, k: int, tiles: int, bits: int, block_size: int, device: int
+    n: int, k: int, rows: int, bits: int, block_size: int, device: int
 ) -> tuple[float, DecodeShape] | None:
-    """The shape with the least cost of those that fit (fitted to times on an H200), and that cost."""
+    """The quickest shape of those that fit, and microseconds, about."""
     best: tuple[float, DecodeShape] | None = None
+    costs = _DECODE_COSTS[bits][-(-rows // 8)]
     for shape in _DECODE_SHAPES:
-        plan = decode_plan(shape, n, k, tiles, bits, block_size, device)
-        if plan is None or (shape.row_tiles > 2 and not plan.single):
+        row_tiles, split = shape
+        if row_tiles > 3 and (bits == 8 or rows > 8):
+            continue  # registers
+        plan = decode_plan(shape, n, k, rows, bits, block_size, device)
+        if plan is None or (row_tiles > 2 and not plan.single):
             continue
-        cost = plan.rounds * plan.chunks * (shape.row_tiles + 1) + 2 * tiles * (shape.split > 1)
-        if best is None or cost < best[0]:
-            best = cost, shape
+        slot = costs.slot if plan.whole else costs.slot + costs.ragged
+        us = costs.alone + plan.rounds * plan.chunks * (row_tiles * slot + costs.chunk)
+        us += plan.rounds * costs.tile * (plan.kept == 0) + costs.cluster * (split > 1) + _MANY_ROWS * (row_tiles > 3)
+        if best is None or us < best[0]:
+            best = us, shape
     return best
 
 
@@ -448,18 +489,15 @@ def _cost(of: _Cost, tiles: int, k: int, split: int, device: int, turns: int = 1
 
 # ------------------------------------------------------------------------------------------------- which of them
 
-_DECODE_US = {1: 0.6, 2: 0.68, 3: 0.95, 4: 1.5}  # by tiles of 8 rows of x: of a unit of cost, fitted as the others
-
 
 @functools.lru_cache(maxsize=4096)
 def quickest(rows: int, n: int, k: int, device: int) -> str:
     """The way that takes the least time, about, of those for up to 256 rows of x and a weight in 4 bits."""
     us = {"skinny": _skinny_us(_skinny_shape(rows, n, k, device), rows, n, k, device)}
     if rows <= FEW_ROWS:
-        tiles = -(-rows // 8)
-        found = _least_decode(n, k, tiles, 4, 64, device)
+        found = _least_decode(n, k, rows, 4, 64, device)
         if found is not None:
-            us["decode"] = 0.9 + found[0] * _DECODE_US[tiles]  # fitted
+            us["decode"] = found[0]
     if rows > 64:
         us["wide"] = _wide_us(_wide_shape(rows, n, k, 4, device), rows, n, k, 4, device)
     return min(us, key=us.__getitem__)

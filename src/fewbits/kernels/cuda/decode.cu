@@ -5,12 +5,18 @@
 // of the warp's own, whose slots are 16 rows of a chunk, some slots ahead. A lane turns its codes into pairs of 16-bit
 // numbers that are operands of the matrix units as they come: which of the 16 columns of a step is which does not matter
 // to a sum, as long as x is permuted alike. Eight bits fit into bf16 and fp16; pairs of four bits are looked up (see
-// fill_pair_table). The sums of each quantization block of 4-bit codes are scaled in fp32; its scale was decoded by the
-// same warp, one chunk ahead. A row of 8-bit codes has one scale, and it comes last.
+// fill_pair_table). The sums of each quantization block of 4-bit codes are scaled in fp32. A row of 8-bit codes has one
+// scale, and it comes last.
 //
-// What decides the time is not the memory but the instructions that decoding takes. So loops are unrolled until slots
-// and chunks are constants, and warps never wait for each other: the sums of a tile are added, in a fixed order, when
-// the next tile is done. Where a block has one tile (SINGLE) they are added in the memory of tables and rings.
+// Scales of 4-bit codes are decoded by all threads for all warps, one chunk ahead: 16 neighbours read those of a row for
+// 16 chunks, which lie together. If each warp read those of its own chunk, 2 bytes of each of 32 rows, a read would take
+// the first-level cache 32 passes, on the path of all the look-ups: a seventh of all time.
+//
+// What decides the time is not the memory but the instructions that decoding takes, and the look-ups. So loops are
+// unrolled until slots and chunks are constants, and warps wait for each other no closer than a chunk apart. Where a
+// block has one tile (TILES = 1) the warps' sums are added in the memory of tables and rings; where it has few (TILES of
+// them) each tile's have a place, and are added at the end; with more (TILES = 0) those of a tile are added when the next
+// one is done. In a fixed order, always.
 //
 // A tile of a block of its own may be shared by SPLIT blocks, a cluster: each takes the warps' chunks of every SPLIT-th
 // row of chunks, and they add up their sums in each other's shared memory. So a block reads less of x, for more rows of
@@ -18,9 +24,9 @@
 //
 // Compiled for: BF16, BITS (4 or 8), FORMAT_BLOCK (elements of a quantization block), NESTED (double quantization),
 // COLUMN_TILES (8 rows of x each), ROW_TILES, CHUNKS (that a warp takes of a row), STAGES (slots of the ring, at most one
-// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024 * SPLIT), SINGLE, SPLIT (1, or
-// with SINGLE 2 or 4), X_EARLY (x is read before the tables are filled: it pays where a block has one tile). The grid:
-// with SINGLE, SPLIT blocks for each tile, else any number.
+// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024 * SPLIT), WHOLE_CHUNKS (a
+// row's bytes are a multiple of 64), TILES, SPLIT (1, or with one tile 2 or 4), X_EARLY (x is read before the tables are
+// filled: it pays where a block has one tile). The grid: with one tile SPLIT blocks for each, else any number.
 
 struct Arguments {
   const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
@@ -37,6 +43,7 @@ struct Arguments {
 };
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
+constexpr bool SINGLE = TILES == 1, ALL_KEPT = TILES > 1;  // sums
 constexpr int ROWS = 16 * ROW_TILES;
 constexpr int CHUNK = 64 * 8 / BITS;                   // columns
 constexpr int UNIT = FORMAT_BLOCK < 64 ? 32 : 64;      // columns that share a scale and go to the matrix units together
@@ -44,9 +51,11 @@ constexpr int UNITS = CHUNK / UNIT, STEPS = UNIT / 16;
 constexpr int CHUNK_SCALES = FORMAT_BLOCK < CHUNK ? CHUNK / FORMAT_BLOCK : 1;
 constexpr int SLOT = 1024, RING = STAGES * SLOT;
 constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
-constexpr int SCALES = ROWS * CHUNK_SCALES;            // floats of a chunk
-constexpr int SCALE_TURNS = (ROWS + 31) / 32;          // a lane reads the scales of one row in each
-constexpr int PARTIAL_STRIDE = ROWS + 4;               // floats: what a warp writes at once lies in 32 banks
+constexpr int SCALES = (ROWS + 1) * CHUNK_SCALES;      // floats of a chunk; one more row: chunks begin at other banks
+constexpr int SCALE_BUFFERS = 4;                       // each of a chunk of every warp
+constexpr int SCALE_TURNS = (ROW_TILES + 1) / 2;       // a thread reads the scales of one row and chunk in each
+constexpr int KEPT_ROWS = ALL_KEPT ? TILES * ROWS : ROWS;  // whose sums are in a buffer
+constexpr int PARTIAL_STRIDE = KEPT_ROWS + 4;          // floats: what a warp writes at once lies in 32 banks
 constexpr int X_WORDS = UNITS * COLUMN_TILES * 2 * STEPS;  // of a chunk
 // in registers: all of x, or what is wanted now and, where there is room, next; or the next takes its place unit by unit;
 // the bounds were measured on an H200
@@ -72,6 +81,9 @@ struct RawScales {
   float plain[CHUNK_SCALES];
 };
 
+// a constant where a row is whole chunks of all warps
+DEVICE int columns(const Arguments& a) { return WHOLE ? CHUNKS * SPLIT * WARPS * CHUNK : a.k; }
+
 // of a lane of the matrix units: UNIT / 4 neighbouring columns of row g of x; two words are the b operands of a step
 typedef u32 Operands[UNITS][COLUMN_TILES][2 * STEPS];
 typedef float Sums[ROW_TILES][COLUMN_TILES][4];
@@ -80,8 +92,9 @@ DEVICE void load_unit(Operands& to, const Arguments& a, int chunk, int u, int la
   const int g = lane >> 2, t = lane & 3, column = chunk * CHUNK + u * UNIT + t * (UNIT / 4);
 #pragma unroll
   for (int c = 0; c < COLUMN_TILES; c++) {
-    const int row = c * 8 + g;
-    const bool there = row < a.m && column < a.k;
+    // columns of the output past the last row of x are not written, whatever is read for them
+    const int row = min(c * 8 + g, a.m - 1);
+    const bool there = WHOLE_CHUNKS || column < a.k;
     const u16* from = a.x + (there ? row * a.x_stride + column : 0);
 #pragma unroll
     for (int s = 0; s < STEPS; s += 2) {
@@ -92,6 +105,7 @@ DEVICE void load_unit(Operands& to, const Arguments& a, int chunk, int u, int la
   }
 }
 
+// chunk: one that is there, if all are whole
 DEVICE void load_x(Operands& to, const Arguments& a, int chunk, int lane) {
 #pragma unroll
   for (int u = 0; u < UNITS; u++) load_unit(to, a, chunk, u, lane);
@@ -154,25 +168,27 @@ DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8
 
 extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(1024) u8 shared[];
+  __shared__ Barrier scaled;  // all warps have written their part of a chunk's scales
   __shared__ Barrier summed[2], added[2];  // the warps' sums of a tile are there; they have been added
   __shared__ float dynamic[256];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const u32 lane4 = lane * 4;
-  const int row_bytes = a.k * BITS / 8, row_blocks = a.k / FORMAT_BLOCK;
-  const int chunks = (a.k + CHUNK - 1) / CHUNK, tiles = (a.n + ROWS - 1) / ROWS;
+  const int row_bytes = columns(a) * BITS / 8, row_blocks = columns(a) / FORMAT_BLOCK;
+  const int chunks = (columns(a) + CHUNK - 1) / CHUNK, tiles = (a.n + ROWS - 1) / ROWS;
   const int own_tiles = SINGLE ? 1 : (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
   const int partials = WARPS * a.m * PARTIAL_STRIDE;  // floats of a buffer
   const u32 rank = blockIdx.x % SPLIT;
   auto row_of = [&](int index) { return (SINGLE ? (int)blockIdx.x / SPLIT : (int)(blockIdx.x + index * gridDim.x)) * ROWS; };
   const int own_chunk = rank * WARPS + warp;
   auto chunk_of = [&](int i) { return i * (SPLIT * WARPS) + own_chunk; };
+  auto chunk_to_load = [&](int i) { return WHOLE || !WHOLE_CHUNKS ? chunk_of(i) : min(chunk_of(i), chunks - 1); };
   if constexpr (SPLIT > 1) arrive_in_cluster();  // before others write here
 
   u8* table = shared;
   u8* rings = table + (BITS == 4 ? PAIR_TABLE_BYTES : 0);
   u8* ring = rings + warp * RING;
-  float* own_scales = (float*)(rings + WARPS * RING) + warp * 2 * SCALES;
-  constexpr int BEFORE = (BITS == 4 ? PAIR_TABLE_BYTES + WARPS * 2 * SCALES * 4 : 0) + WARPS * RING;
+  float* scales = (float*)(rings + WARPS * RING);
+  constexpr int BEFORE = (BITS == 4 ? PAIR_TABLE_BYTES + WARPS * SCALE_BUFFERS * SCALES * 4 : 0) + WARPS * RING;
   constexpr int OVER_IT = SINGLE ? WARPS * COLUMN_TILES * 8 * PARTIAL_STRIDE * 4 : 0;  // the warps' sums
   float* partial = (float*)(shared + max(BEFORE, OVER_IT));
 
@@ -193,16 +209,16 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     if ((!next || index + 1 < own_tiles) && (WHOLE || chunk_of(i) < chunks)) {
       // What is added last: a lane's place to a block's address, or a block's rows to a lane's address. With one tile the
       // first takes fewer registers, with several the second fewer instructions: 3 to 8 % of time on an H200 either way.
-      const u8* from = (SINGLE ? tile_begin : lane_begin + (next ? tile_bytes : 0)) + i * (SPLIT * WARPS * 64);
+      const u8* from = (SINGLE && !WHOLE ? tile_begin : lane_begin + (next ? tile_bytes : 0)) + i * (SPLIT * WARPS * 64);
       int upper_row = r * 16, lower_row = r * 16 + 8;
       bool there = true;
       if (!WHOLE) {  // rows past the last are read as the last, and not written
         const int last = a.n - 1 - row_of(index + next) - g;
         upper_row = min(upper_row, last), lower_row = min(lower_row, last);
-        there = chunk_of(i) * 64 + piece * 16 < row_bytes;
+        there = WHOLE_CHUNKS || chunk_of(i) * 64 + piece * 16 < row_bytes;
       }
       long long upper = (long long)upper_row * row_bytes, lower = (long long)lower_row * row_bytes;
-      if constexpr (SINGLE) upper = (u32)upper + own_place, lower = (u32)lower + own_place;
+      if constexpr (SINGLE && !WHOLE) upper = (u32)upper + own_place, lower = (u32)lower + own_place;
       copy_async(copy_to + slot * SLOT, there ? from + upper : a.packed, there ? 16 : 0);
       copy_async(copy_to + slot * SLOT + 512, there ? from + lower : a.packed, there ? 16 : 0);
     }
@@ -219,32 +235,32 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   for (int s = 0; s < STAGES - 1; s++) copy(0, s / ROW_TILES, s % ROW_TILES, s);
 
   // ------------------------------------------------------------------------------------------ scales
-  // a lane reads those of one row at a time
+  // A thread reads those of one row and chunk at a time, two of a warp's chunks ahead, and writes them one ahead.
 #if BITS == 4
   const float offset = NESTED ? *a.offset : 0.0f;
   auto read_scales = [&](int index, int i, int turn) {
     RawScales raw = {};
     index += i / CHUNKS, i %= CHUNKS;
-    const int chunk = chunk_of(i), row_of_tile = turn * 32 + lane;
+    const int at = turn * THREADS + thread, row_of_tile = at / WARPS, chunk = (i * SPLIT + rank) * WARPS + at % WARPS;
     if (index < own_tiles && (WHOLE || chunk < chunks) && (ROWS % 32 == 0 || row_of_tile < ROWS)) {
       int row = row_of(index) + row_of_tile;
       if (!WHOLE) row = min(row, a.n - 1);
       const int column = FORMAT_BLOCK < CHUNK ? chunk * CHUNK_SCALES : chunk / (FORMAT_BLOCK / CHUNK);
       const u32 block = (u32)row * row_blocks + column;
-      if constexpr (WHOLE && NESTED && CHUNK_SCALES > 1) {  // neighbours in one read, under one scale of scales
+      if constexpr (WHOLE_CHUNKS && NESTED && CHUNK_SCALES > 1) {  // neighbours in one read, under one scale of scales
         const u32 codes = CHUNK_SCALES == 2 ? *(const u16*)((const u8*)a.scales + block)
                                             : *(const u32*)((const u8*)a.scales + block);
         raw.nested[0] = a.nested[block >> 8];
 #pragma unroll
         for (int s = 0; s < CHUNK_SCALES; s++) raw.codes[s] = codes >> 8 * s & 255, raw.nested[s] = raw.nested[0];
-      } else if constexpr (WHOLE && CHUNK_SCALES > 1) {
+      } else if constexpr (WHOLE_CHUNKS && CHUNK_SCALES > 1) {
         const Scales plain = *(const Scales*)((const float*)a.scales + block);
 #pragma unroll
         for (int s = 0; s < CHUNK_SCALES; s++) raw.plain[s] = plain.of[s];
       } else {
 #pragma unroll
         for (int s = 0; s < CHUNK_SCALES; s++)
-          if (WHOLE || column + s < row_blocks) {
+          if (WHOLE_CHUNKS || column + s < row_blocks) {
             if constexpr (NESTED) {
               raw.codes[s] = ((const u8*)a.scales)[block + s];
               raw.nested[s] = a.nested[(block + s) >> 8];
@@ -256,14 +272,19 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     }
     return raw;
   };
-  auto write_scales = [&](int buffer, const RawScales& raw, int turn) {
-    if (ROWS % 32 == 0 || turn * 32 + lane < ROWS) {
+  auto write_scales = [&](u32 step, const RawScales& raw, int turn) {
+    const int at = turn * THREADS + thread, row_of_tile = at / WARPS;
+    if (ROWS % 32 == 0 || row_of_tile < ROWS) {
       Scales decoded;
 #pragma unroll
       for (int s = 0; s < CHUNK_SCALES; s++)
         decoded.of[s] = NESTED ? dynamic[raw.codes[s]] * raw.nested[s] + offset : raw.plain[s];
-      *(Scales*)(own_scales + buffer * SCALES + (turn * 32 + lane) * CHUNK_SCALES) = decoded;
+      *(Scales*)(scales + (step % SCALE_BUFFERS * WARPS + at % WARPS) * SCALES + row_of_tile * CHUNK_SCALES) = decoded;
     }
+  };
+  auto scales_are_written = [&] {
+    __syncwarp();
+    if (lane == 0) scaled.arrive();
   };
   RawScales raw[SCALE_TURNS], following[SCALE_TURNS];
 #pragma unroll
@@ -272,8 +293,10 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
 #endif
 
   // ------------------------------------------------------------------------------------------ x and the tables
-  if (thread == 0)
+  if (thread == 0) {
+    scaled.init(WARPS);
     for (int b = 0; b < 2; b++) summed[b].init(WARPS), added[b].init(WARPS);
+  }
 #if BITS == 4
   const float value = NESTED && thread < 256 ? a.dynamic[thread] : 0.0f;
   const auto own_pairs = read_pairs<THREADS>(a.pairs);
@@ -282,7 +305,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   auto load_first_x = [&] {
     wait_for_previous_kernel();
 #pragma unroll
-    for (int i = 0; i < (X_STAYS ? CHUNKS : 1); i++) load_x(x[i], a, chunk_of(i), lane);
+    for (int i = 0; i < (X_STAYS ? CHUNKS : 1); i++) load_x(x[i], a, chunk_to_load(i), lane);
   };
   if (X_EARLY) load_first_x();
 #if BITS == 4
@@ -296,6 +319,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     write_scales(0, raw[turn], turn);
     raw[turn] = following[turn];
   }
+  scales_are_written();
 #endif
   if (!X_EARLY) load_first_x();
   // ------------------------------------------------------------------------------------------ tile after tile
@@ -306,9 +330,20 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     unit_at[u] = UNIT == 64 ? ((u * 2 + (t >> 1)) ^ swizzle(g)) * 16 + (t & 1) * 8 : (u ^ swizzle(g)) * 16 + t * 4;
 #endif
   const u8* own_codes = ring + g * 64;
-  int slot = 0, scale_buffer = 0;
+  int slot = 0;
+  u32 step = 0;  // chunks that the warp has taken, of all tiles
   Sums sums;
   auto take = [&](int index, int i, Operands& operands) {
+#if BITS == 4
+    scaled.wait(step & 1);
+    // a warp may still be reading the scales of the step before, none those of two before
+#pragma unroll
+    for (int turn = 0; turn < SCALE_TURNS; turn++) {
+      write_scales(step + 1, raw[turn], turn);
+      raw[turn] = read_scales(index, i + 2, turn);
+    }
+    scales_are_written();
+#endif
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
       wait_for_copies<STAGES - 2>();
@@ -318,15 +353,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
       auto x_is_done = [&](int u) {
         if constexpr (X_IN_PLACE)
           if (r == ROW_TILES - 1 && (i + 1 < CHUNKS || index + 1 < own_tiles))
-            load_unit(operands, a, chunk_of(i + 1 < CHUNKS ? i + 1 : 0), u, lane);
+            load_unit(operands, a, chunk_to_load(i + 1 < CHUNKS ? i + 1 : 0), u, lane);
       };
 #if BITS == 4
-      if (r % 2 == 0) {
-        write_scales(scale_buffer ^ 1, raw[r / 2], r / 2);
-        raw[r / 2] = read_scales(index, i + 2, r / 2);
-      }
-      const float* scales = own_scales + scale_buffer * SCALES + (r * 16 + g) * CHUNK_SCALES;
-      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, scales, table, lane4, x_is_done);
+      const float* own_scales = scales + (step % SCALE_BUFFERS * WARPS + warp) * SCALES + (r * 16 + g) * CHUNK_SCALES;
+      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, own_scales, table, lane4, x_is_done);
 #else
       if (there) multiply(sums[r], operands, own_codes + slot * SLOT + t * 16, x_is_done);
 #endif
@@ -335,7 +366,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
         for (int u = 0; u < UNITS; u++) x_is_done(u);
       slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
-    scale_buffer ^= 1;
+    step++;
   };
   auto keep_sums = [&](float* to) {  // where all the warps' of a tile lie
     to += (warp * a.m + 2 * t) * PARTIAL_STRIDE + g;
@@ -352,16 +383,16 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   };
   // of element i of a tile's part of the output: the columns one after the other
   auto sum_of_warps = [&](const float* from, int i) {
-    from += i / ROWS * PARTIAL_STRIDE + i % ROWS;
+    from += i / KEPT_ROWS * PARTIAL_STRIDE + i % KEPT_ROWS;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += from[w * a.m * PARTIAL_STRIDE];
     return sum;
   };
   auto give_out = [&](int index, int i, float sum) {
-    const int n = row_of(index) + i % ROWS;
+    const int n = row_of(index + i % KEPT_ROWS / ROWS) + i % ROWS;
     if (BITS == 8) sum *= n < a.n ? ((const float*)a.scales)[n] * (1.0f / 127.0f) : 0.0f;
-    if (WHOLE || n < a.n) a.out[(long long)(i / ROWS) * a.n + n] = narrowed(sum + bias_at(a.bias, a.bias_bytes, n));
+    if (WHOLE || n < a.n) a.out[(long long)(i / KEPT_ROWS) * a.n + n] = narrowed(sum + bias_at(a.bias, a.bias_bytes, n));
   };
   auto add = [&](int index) {  // the sums of one of the block's tiles
     summed[index & 1].wait(index >> 1 & 1);
@@ -378,13 +409,15 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
 #pragma unroll
         for (int e = 0; e < 4; e++) sums[r][c][e] = 0.0f;
     if (TILE_SLOTS % STAGES == 0) slot = 0;  // as it is: so the compiler knows
-    if (CHUNKS % 2 == 0) scale_buffer = 0;
     if constexpr (X_STAYS) {
 #pragma unroll
       for (int i = 0; i < CHUNKS; i++) take(index, i, x[i]);
     } else if constexpr (X_AHEAD) {
-      auto load_ahead = [&](Operands& to, int i) {  // past the last chunk: the first one's, or zeros
-        load_x(to, a, chunk_of(i == CHUNKS && index + 1 < own_tiles ? 0 : i), lane);
+      auto load_ahead = [&](Operands& to, int i) {  // past the last chunk: the next tile's first
+        if (i < CHUNKS)
+          load_x(to, a, chunk_to_load(i), lane);
+        else if (!SINGLE)
+          load_x(to, a, chunk_to_load(0), lane);
       };
 #pragma unroll 1
       for (int i = 0; i + 1 < CHUNKS; i += 2) {
@@ -413,13 +446,21 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     }
     if constexpr (SINGLE) break;
     lane_begin += tile_bytes;
+    if constexpr (ALL_KEPT) {
+      keep_sums(partial + index * ROWS);
+      continue;
+    }
     added[index & 1].wait(index >> 1 & 1 ^ 1);
     keep_sums(partial + (index & 1) * partials);
     __syncwarp();
     if (lane == 0) summed[index & 1].arrive();
     if (index > 0) add(index - 1);
   }
-  if constexpr (!SINGLE) {
+  if constexpr (ALL_KEPT) {
+    __syncthreads();
+    for (int i = thread; i < a.m * KEPT_ROWS; i += THREADS)
+      if (i % KEPT_ROWS < own_tiles * ROWS) give_out(0, i, sum_of_warps(partial, i));
+  } else if constexpr (!SINGLE) {
     add(own_tiles - 1);
   } else {
     float* sums_of_warps = (float*)shared;
