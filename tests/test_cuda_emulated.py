@@ -85,7 +85,8 @@ def check_product(cuda, file, spec, rows, n, k, dtype, bias_dtype=None):
     ids=str,
 )
 def test_few_rows(cuda, spec, rows, n, k, dtype, bias):
-    check_product(cuda, "decode.cu", spec, rows, n, k, dtype, bias)
+    with use_way("decode"):
+        check_product(cuda, "decode.cu", spec, rows, n, k, dtype, bias)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,9 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias, monkeypatch):
         ((2, 4), QuantSpec("fp4", 64), 30, 130, 576, FP16, torch.float32),  # blocks with a chunk, and with two
         ((3, 8), QuantSpec("nf4", 128, True), 60, 200, 1024, BF16, None),
         ((2, 4), QuantSpec("nf4", 64, True), 90, 128, 768, BF16, BF16),  # two tiles of x, the last of 26 rows
+        ((2, 2, 2), QuantSpec("nf4", 64, True), 30, 140, 1216, BF16, BF16),  # parts of two chunks, and of three
+        ((2, 1, 2), QuantSpec("fp4", 128), 70, 70, 640, FP16, torch.float32),
+        ((4, 2, 2), QuantSpec("nf4", 64), 20, 200, 2112, BF16, None),
     ],
     ids=str,
 )

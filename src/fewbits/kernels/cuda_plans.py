@@ -31,12 +31,12 @@ _SKINNY_ARGUMENTS = "128s128s9Pq4i2P"
 class _Cost(NamedTuple):
     """Microseconds, fitted to some hundred times on an H200, which they give within 2 to 8 % in the median.
 
-    What a kernel takes whatever its blocks are is in none: ``_skinny_us`` and ``_wide_us`` add it.
+    What a kernel takes whatever its blocks are is in none.
     """
 
     chunk: float  # of 128 columns of a tile
     shared: float  # more, where blocks that share a tile add up sums in global memory
-    clusters: dict[int, float]  # more, where so many blocks of a cluster do, beside what a block alone takes at its end
+    clusters: dict[int, float]  # more, where so many blocks of a cluster do, or groups of a block
 
 
 class _DecodeCost(NamedTuple):
@@ -62,14 +62,20 @@ _DECODE_COSTS = {
     },
 }  # fmt: skip
 _MANY_ROWS = 2.5  # microseconds more of decode.cu with tiles of more than 48 rows
-# of skinny_4bit.cu by rows of x in a tile and warpgroups; of wide.cu by bits of the weight, rows of x and warpgroups
+# of skinny_4bit.cu by rows of x in a tile, warpgroups and groups of these
 _SKINNY_COSTS = {
     32: {
-        2: _Cost(0.50, 1.9, {2: -2.1, 4: -1.0}), 3: _Cost(0.66, 3.2, {2: -2.1, 4: -1.0}),
-        4: _Cost(0.92, 4.5, {2: -2.1, 4: -1.0}),
+        (2, 1): _Cost(0.51, 2.2, {2: -1.0, 4: -0.3}), (3, 1): _Cost(0.63, 4.3, {2: 1.3, 4: 0.7}),
+        (4, 1): _Cost(0.76, 5.6, {2: 2.5, 4: 1.6}), (2, 2): _Cost(0.53, 0.0, {1: -2.0, 2: -0.5}),
+        (4, 2): _Cost(1.12, 0.0, {1: -4.8, 2: -1.7}), (4, 4): _Cost(1.28, 0.0, {1: -3.7}),
     },
-    64: {2: _Cost(0.61, 2.2, {2: -1.3, 4: 0.1, 8: -1.0}), 3: _Cost(0.85, 4.5, {2: -1.3, 4: 0.1, 8: -1.0})},
+    64: {
+        (2, 1): _Cost(0.59, 4.5, {2: 1.1, 4: 2.5}), (3, 1): _Cost(0.81, 6.7, {2: 1.8, 4: 2.0, 8: 2.4}),
+        (2, 2): _Cost(0.64, 0.0, {1: -0.6, 2: 0.5}),
+    },
 }  # fmt: skip
+_SKINNY_ALONE = {32: 4.0, 64: 3.3}
+# of wide.cu by bits of the weight, rows of x and warpgroups
 _WIDE_COSTS = {
     4: {
         (256, 2): _Cost(1.52, 15.1, {2: 2.0, 4: 5.5}), (128, 2): _Cost(0.96, 7.4, {2: 2.0, 4: 3.4}),
@@ -310,11 +316,21 @@ class Skinny(NamedTuple):
 
 
 class SkinnyShape(NamedTuple):
-    """How blocks of skinny_4bit.cu share a weight: tiles of 64 ``warpgroups`` rows, each by ``split`` of them, or,
-    where that is 1, all chunks of all tiles."""
+    """How blocks of skinny_4bit.cu share a weight: tiles of 64 rows for each warpgroup of a group, each tile by
+    ``split`` of them and the ``groups`` of their warpgroups, or, where both are 1, all chunks of all tiles."""
 
     warpgroups: int
     split: int
+    groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of the weight, in a tile."""
+        return 64 * self.warpgroups // self.groups
+
+    @property
+    def parts(self) -> int:
+        return self.split * self.groups
 
 
 @functools.lru_cache(maxsize=1024)
@@ -337,14 +353,17 @@ def _skinny_tile(rows: int) -> int:
 
 def _skinny_us(shape: SkinnyShape, rows: int, n: int, k: int, device: int) -> float:
     tile_m = _skinny_tile(rows)
-    tiles, x_tiles = -(-n // (64 * shape.warpgroups)), -(-rows // tile_m)
-    us = _cost(_SKINNY_COSTS[tile_m][shape.warpgroups], tiles, k, shape.split, device, x_tiles)
-    return us + 3.8 + x_tiles  # fitted
+    tiles, x_tiles = -(-n // shape.rows), -(-rows // tile_m)
+    of = _SKINNY_COSTS[tile_m][shape.warpgroups, shape.groups]
+    return _SKINNY_ALONE[tile_m] + _cost(of, tiles, k, shape.split, device, x_tiles, shape.groups)
 
 
 def _skinny_shape(rows: int, n: int, k: int, device: int) -> SkinnyShape:
-    costs = _SKINNY_COSTS[_skinny_tile(rows)]
-    shapes = [SkinnyShape(groups, split) for groups, of in costs.items() for split in (1, *of.clusters)]
+    shapes = [
+        SkinnyShape(warpgroups, split, groups)
+        for (warpgroups, groups), of in _SKINNY_COSTS[_skinny_tile(rows)].items()
+        for split in ((1, *of.clusters) if groups == 1 else of.clusters)
+    ]
     return min(shapes, key=lambda shape: _skinny_us(shape, rows, n, k, device))
 
 
@@ -354,21 +373,21 @@ def skinny_variant(
 ) -> Skinny | None:
     """The kernel for blocks of this shape; None where it does not fit."""
     processors, room = limits(device)
-    rows = 64 * shape.warpgroups
-    slot = tile_m * 256 + rows * 64
+    rows = shape.rows
+    slot = shape.groups * (tile_m * 256 + rows * 64)
     stages = min((room - _TABLE - 256) // slot, 8)
     if stages < 2:
         return None
     shared = _TABLE + stages * slot + 256
     defines = (
         ("BF16", int(bf16)), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)), ("TILE_M", tile_m),
-        ("WARPGROUPS", shape.warpgroups), ("STAGES", stages), ("SPLIT", shape.split),
+        ("WARPGROUPS", shape.warpgroups), ("GROUPS", shape.groups), ("STAGES", stages), ("SPLIT", shape.split),
     )  # fmt: skip
     threads = 128 * (shape.warpgroups + 1)
     kernel = made("skinny_4bit.cu", defines, device, _SKINNY_ARGUMENTS, threads, shared)
     tiles = -(-n // rows)
-    blocks = tiles * shape.split if shape.split > 1 else _blocks(processors, tiles, k)
-    return None if kernel is None else Skinny(kernel, tile_m, blocks, tiles, rows, 2 * blocks * (shape.split == 1))
+    blocks = tiles * shape.split if shape.parts > 1 else _blocks(processors, tiles, k)
+    return None if kernel is None else Skinny(kernel, tile_m, blocks, tiles, rows, 2 * blocks * (shape.parts == 1))
 
 
 # ------------------------------------------------------------------------------------------------- many rows
@@ -473,16 +492,17 @@ def wide_variant(
     return Wide(kernel, shape, shape.blocks(rows, n, k, processors), shape.tiles(rows, n))
 
 
-def _cost(of: _Cost, tiles: int, k: int, split: int, device: int, turns: int = 1) -> float:
-    """Microseconds, about; infinite where not all clusters run at once, or a block has no chunk.
+def _cost(of: _Cost, tiles: int, k: int, split: int, device: int, turns: int = 1, groups: int = 1) -> float:
+    """Microseconds, about; infinite where not all clusters run at once, or a part of a tile has no chunk.
 
     ``turns``: so many times all tiles, one after the other, or at once by as many clusters.
     """
-    chunks = -(-k // 128)
-    if split > 1:
-        if chunks < split or tiles * turns > most_clusters(split, device):
+    chunks, parts = -(-k // 128), split * groups
+    if parts > 1:
+        most = most_clusters(split, device) if split > 1 else limits(device)[0]
+        if chunks < parts or tiles * turns > most:
             return math.inf
-        return -(-chunks // split) * of.chunk + of.clusters[split]
+        return -(-chunks // parts) * of.chunk + of.clusters[split]
     blocks = _blocks(limits(device)[0], tiles, k)
     return (tiles * chunks / blocks * of.chunk + (of.shared if tiles % blocks else 0.0)) * turns
 

@@ -164,6 +164,14 @@ DEVICE void give_registers() {
 
 #endif
 
+// A number that is the same in all lanes: so the compiler knows, and keeps it where it takes one register of a warp.
+DEVICE int same_of_warp(int value) {
+#ifndef EMULATED
+  value = __shfl_sync(0xFFFFFFFF, value, 0);
+#endif
+  return value;
+}
+
 // The compiler is not to compute it again wherever it is used.
 DEVICE int kept(int value) {
 #ifndef EMULATED
@@ -285,17 +293,21 @@ DEVICE bool left_for_last(Sum (&sums)[SUMS], const Shared& tile, u32 came_before
 
 // ---------------------------------------------------------------------------------------------- tiles of a cluster
 
-// The blocks of a cluster have a tile's sums, each of other columns: every one gets its share of x's rows from all, and
-// adds these up in the order of the columns. `memory` has room for all of a block's sums.
-template <int BLOCKS, int THREADS, int SUMS, typename Sum>
-DEVICE void add_in_cluster(Sum (&share)[SUMS / BLOCKS], const Sum (&sums)[SUMS], u8* memory, u32 rank) {
-  constexpr int FOURS = SUMS / BLOCKS / 4;
-  auto place = [&](u32 block, int c) { return memory + ((block * FOURS + c) * THREADS + threadIdx.x) * 16; };
+// PARTS of a cluster, OF_BLOCK in each of its blocks, have a tile's sums, each of other columns: every one gets its share
+// of x's rows from all, and adds these up in the order of the columns. A part is THREADS threads of a block, the parts of
+// a block one after the other. `memory` has room for all of a block's sums.
+template <int PARTS, int OF_BLOCK, int THREADS, int SUMS, typename Sum>
+DEVICE void add_in_cluster(Sum (&share)[SUMS / PARTS], const Sum (&sums)[SUMS], u8* memory, u32 rank) {
+  constexpr int FOURS = SUMS / PARTS / 4;
+  const u32 group = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
+  auto place = [&](u32 group, u32 part, int c) {
+    return memory + (((group * PARTS + part) * FOURS + c) * THREADS + thread) * 16;
+  };
   arrive_in_cluster();
   wait_for_cluster();  // nobody reads any more what lay there
 #pragma unroll
-  for (int to = 0; to < BLOCKS; to++) {
-    const u32 there = address_in_cluster(place(rank, 0), to);
+  for (int to = 0; to < PARTS; to++) {
+    const u32 there = address_in_cluster(place(to % OF_BLOCK, rank * OF_BLOCK + group, 0), to / OF_BLOCK);
 #pragma unroll
     for (int c = 0; c < FOURS; c++) {
       const Sum* four = sums + (to * FOURS + c) * 4;
@@ -308,9 +320,9 @@ DEVICE void add_in_cluster(Sum (&share)[SUMS / BLOCKS], const Sum (&sums)[SUMS],
 #pragma unroll
   for (int c = 0; c < FOURS; c++)
 #pragma unroll
-    for (u32 block = 0; block < BLOCKS; block++) {
-      const uint4 four = *(const uint4*)place(block, c);
-      if (block == 0) share[4 * c] = share[4 * c + 1] = share[4 * c + 2] = share[4 * c + 3] = 0;
+    for (u32 part = 0; part < PARTS; part++) {
+      const uint4 four = *(const uint4*)place(group, part, c);
+      if (part == 0) share[4 * c] = share[4 * c + 1] = share[4 * c + 2] = share[4 * c + 3] = 0;
       add_bits(share[4 * c], four.x), add_bits(share[4 * c + 1], four.y);
       add_bits(share[4 * c + 2], four.z), add_bits(share[4 * c + 3], four.w);
     }

@@ -11,15 +11,17 @@
 // The chunks of all tiles stand in one line, tile after tile, and each block takes an equal stretch of it, wherever
 // that begins and ends: so no number of tiles leaves a part of the GPU idle. Where several blocks share a tile, each
 // leaves its sums in the workspace, and the last of them adds all, in the order of the columns: which one that is does
-// not matter to the result. Or each tile is shared by SPLIT blocks, a cluster, which add up sums in each other's shared
-// memory (add_in_cluster in hopper.cuh).
+// not matter to the result. Or each tile is shared by SPLIT blocks, a cluster, and in each of them by GROUPS, parts of
+// its warpgroups that work on the same rows and different columns: they add up sums in each other's shared memory
+// (add_in_cluster in hopper.cuh).
 //
 // The sums of each 64 columns are scaled in fp32: scales in the pairs, all in 16 bits, would take less time, and be less
 // exact.
 //
 // Compiled for: BF16, FORMAT_BLOCK (elements of a quantization block, 64 or more), NESTED (double quantization), TILE_M
-// (32 or 64 rows of x), WARPGROUPS, STAGES (chunks in the ring), SPLIT (1 to 8: TILE_M / SPLIT is 8 or more). The grid:
-// blocks, no more than there are chunks, or SPLIT for each tile where that is not 1; tiles of x.
+// (32 or 64 rows of x), WARPGROUPS, GROUPS (that these are in), STAGES (slots of the ring, with a chunk for each
+// group), SPLIT (1 to 8: TILE_M / SPLIT / GROUPS is 8 or more). The grid: blocks, no more than there are chunks, or SPLIT
+// for each tile where tiles are shared in clusters; tiles of x.
 
 #include "hopper.cuh"
 
@@ -45,15 +47,17 @@ constexpr int WARPS = 4 * WARPGROUPS, CONSUMERS = 32 * WARPS, THREADS = CONSUMER
 // registers of a thread; more than the block has would be waited for forever
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = WARPGROUPS == 4 ? 112 : WARPGROUPS == 3 ? 160 : 216;
 static_assert(WARPGROUPS * CONSUMER_REGISTERS + PRODUCER_REGISTERS <= (WARPGROUPS + 1) * (65536 / THREADS / 8 * 8));
-constexpr int ROWS = 64 * WARPGROUPS;                   // of the weight, in a tile
+constexpr int ROWS = 64 * WARPGROUPS / GROUPS;          // of the weight, in a tile
+constexpr int TILE_WARPS = WARPS / GROUPS;              // of a group
+constexpr int PARTS = SPLIT * GROUPS;                   // that share a tile, if it is not stretches of one line
 constexpr int CHUNK = 128;                              // columns
 constexpr int X_HALF = TILE_M * 128;                    // bytes of 64 columns of x
-constexpr int X_BYTES = 2 * X_HALF, SLOT = X_BYTES + ROWS * CHUNK / 2;
+constexpr int X_BYTES = 2 * X_HALF, CHUNK_BYTES = X_BYTES + ROWS * CHUNK / 2, SLOT = GROUPS * CHUNK_BYTES;
 constexpr int SUMS = TILE_M / 2;                        // of a thread: 64 rows by TILE_M over 128 threads
 constexpr int WINDOW = 8 * FORMAT_BLOCK / CHUNK;        // chunks that eight scales of a row are for
 constexpr int STEPS = 4;                                // of 16 columns, in half a chunk
 constexpr int PARTS_AT_ONCE = TILE_M == 32 ? 4 : 2;  // read when blocks' sums are added up
-static_assert(FORMAT_BLOCK >= 64 && STAGES >= 2 && SLOT % 1024 == 0);
+static_assert(FORMAT_BLOCK >= 64 && STAGES >= 2 && CHUNK_BYTES % 1024 == 0 && WARPGROUPS % GROUPS == 0 && SUMS % (4 * PARTS) == 0);
 
 // ---------------------------------------------------------------------------------------------- halves of chunks
 
@@ -136,12 +140,10 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
   const int chunks = (a.k + CHUNK - 1) / CHUNK;
   const int tiles = (a.n + ROWS - 1) / ROWS;
 
-  // this block's stretch of all chunks; where the blocks are a multiple of the tiles, none goes over a tile's end
+  // a group's stretch of all chunks; where the groups are a multiple of the tiles, none goes over a tile's end
   const u32 all_chunks = tiles * chunks;
-  auto begin_of = [&](u32 block) { return stretch_begin(all_chunks, block, gridDim.x); };
+  auto begin_of = [&](u32 group) { return stretch_begin(all_chunks, group, gridDim.x * GROUPS); };
   auto block_of = [&](u32 chunk) { return stretch_of(all_chunks, chunk, gridDim.x); };
-  const int begin = begin_of(blockIdx.x);
-  int left = begin_of(blockIdx.x + 1) - begin, tile = begin / chunks, chunk = begin - tile * chunks;
 
   u8* table = shared;
   u8* ring = table + PAIR_TABLE_BYTES;
@@ -163,28 +165,57 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
     give_registers<PRODUCER_REGISTERS>();
     if (thread > CONSUMERS) return;
     struct Place {
-      int tile, chunk;
+      int tile, chunk, left;
     };
-    auto go_on = [&](Place& place) {
-      if (++place.chunk == chunks) {
-        place.chunk = 0;
-        place.tile++;
+    Place begin[GROUPS];
+    int left = 0;  // slots to fill
+#pragma unroll
+    for (int q = 0; q < GROUPS; q++) {
+      const int first = begin_of(blockIdx.x * GROUPS + q), count = begin_of(blockIdx.x * GROUPS + q + 1) - first;
+      begin[q] = {first / chunks, first % chunks, count};
+      left = max(left, count);
+    }
+    auto copy_codes = [&](int slot, const Place (&place)[GROUPS]) {
+      int bytes = 0;
+#pragma unroll
+      for (int q = 0; q < GROUPS; q++) bytes += place[q].left > 0 ? CHUNK_BYTES : 0;
+      full[slot].arrive_and_expect(bytes);
+#pragma unroll
+      for (int q = 0; q < GROUPS; q++)
+        if (place[q].left > 0)
+          copy_box(ring_address + slot * SLOT + q * CHUNK_BYTES + X_BYTES, a.weight_map, place[q].chunk * 64,
+                   place[q].tile * ROWS, full[slot]);
+    };
+    auto copy_x = [&](int slot, const Place (&place)[GROUPS]) {
+      const int row = blockIdx.y * TILE_M;
+#pragma unroll
+      for (int q = 0; q < GROUPS; q++) {
+        if (place[q].left <= 0) continue;
+        const u32 to = ring_address + slot * SLOT + q * CHUNK_BYTES;
+        copy_box(to, a.x_map, place[q].chunk * CHUNK, row, full[slot]);
+        copy_box(to + X_HALF, a.x_map, place[q].chunk * CHUNK + 64, row, full[slot]);
       }
     };
-    auto copy_codes = [&](int slot, const Place& place) {
-      full[slot].arrive_and_expect(SLOT);
-      copy_box(ring_address + slot * SLOT + X_BYTES, a.weight_map, place.chunk * 64, place.tile * ROWS, full[slot]);
-    };
-    auto copy_x = [&](int slot, const Place& place) {
-      const int row = blockIdx.y * TILE_M;
-      copy_box(ring_address + slot * SLOT, a.x_map, place.chunk * CHUNK, row, full[slot]);
-      copy_box(ring_address + slot * SLOT + X_HALF, a.x_map, place.chunk * CHUNK + 64, row, full[slot]);
+    auto go_on = [&](Place (&place)[GROUPS]) {
+#pragma unroll
+      for (int q = 0; q < GROUPS; q++) {
+        place[q].left--;
+        if (++place[q].chunk == chunks) {
+          place[q].chunk = 0;
+          place[q].tile++;
+        }
+      }
     };
     const int at_once = min(STAGES, left);
-    Place place = {tile, chunk};
+    Place place[GROUPS];
+    auto start = [&] {
+#pragma unroll
+      for (int q = 0; q < GROUPS; q++) place[q] = begin[q];
+    };
+    start();
     for (int slot = 0; slot < at_once; slot++, go_on(place)) copy_codes(slot, place);
     wait_for_previous_kernel();
-    place = {tile, chunk};
+    start();
     for (int slot = 0; slot < at_once; slot++, go_on(place)) copy_x(slot, place);
     u32 phase = 0;
     for (int slot = 0; left > STAGES; left--, go_on(place)) {
@@ -200,13 +231,16 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
   }
 
   take_registers<CONSUMER_REGISTERS>();
+  const int group = GROUPS == 1 ? 0 : same_of_warp(warp / TILE_WARPS), tile_warp = warp - group * TILE_WARPS;
+  const int begin = begin_of(blockIdx.x * GROUPS + group);
+  int left = begin_of(blockIdx.x * GROUPS + group + 1) - begin, tile = begin / chunks, chunk = begin - tile * chunks;
   // ------------------------------------------------------------------------------------------ scales
   const int m = min(TILE_M, a.m - (int)blockIdx.y * TILE_M);
   // A warp decodes eight scales of each of its 16 rows at a time, a lane four of them. What is stored is read when the
   // eight before begin.
   const long long all_scales = (long long)a.n * row_blocks;
   auto window_row = [&](int tile) {
-    return (long long)min(tile * ROWS + warp * 16 + (lane & 15), a.n - 1) * row_blocks;
+    return (long long)min(tile * ROWS + tile_warp * 16 + (lane & 15), a.n - 1) * row_blocks;
   };
   auto window_first = [&](int chunk) { return chunk / WINDOW * 8 + (lane >> 4) * 4; };
   auto read_window = [&](int tile, int chunk) {
@@ -249,7 +283,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
   // Of the 8 bytes of 16 columns of a row, bytes t and t + 4 belong to a thread. It reads all, as do the three
   // neighbours that have the others, and takes its own byte of each word.
   const u32 own_byte = 0x5504 | t << 4;
-  const u32 own_codes = X_BYTES + warp * 1024 + g * 64;
+  const u32 own_codes = group * CHUNK_BYTES + X_BYTES + tile_warp * 1024 + g * 64;
   auto decode = [&](Operand& operand, int slot, int half) {
     const u8* codes = ring + slot * SLOT + own_codes;
 #pragma unroll
@@ -279,7 +313,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
     for (int i = 0; i < SUMS; i++) sums[i] += scales[half][i >> 1 & 1] * parts[half][i];
   };
   auto multiply = [&](const Operand& operand, int slot, int half) {
-    multiply_half(parts[half], operand, ring_address + slot * SLOT + half * X_HALF);
+    multiply_half(parts[half], operand, ring_address + slot * SLOT + group * CHUNK_BYTES + half * X_HALF);
   };
 
   auto shared_tile = [&](int tile) {
@@ -292,12 +326,12 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
     write_sums(sums, out, m, a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
   };
   auto finish_in_cluster = [&] {
-    constexpr int SHARE = TILE_M / SPLIT;  // rows of x
-    float share[SUMS / SPLIT];
-    add_in_cluster<SPLIT, CONSUMERS>(share, sums, shared, blockIdx.x % SPLIT);
-    const int first = blockIdx.x % SPLIT * SHARE;
+    constexpr int SHARE = TILE_M / PARTS;  // rows of x
+    float share[SUMS / PARTS];
+    add_in_cluster<PARTS, GROUPS, 32 * TILE_WARPS>(share, sums, shared, blockIdx.x % SPLIT);
+    const int first = (blockIdx.x % SPLIT * GROUPS + group) * SHARE;
     u16* out = a.out + (long long)(blockIdx.y * TILE_M + first) * a.n;
-    write_sums(share, out, min(m - first, SHARE), a.n, tile * ROWS + warp * 16, a.bias, a.bias_bytes, g, t);
+    write_sums(share, out, min(m - first, SHARE), a.n, tile * ROWS + tile_warp * 16, a.bias, a.bias_bytes, g, t);
   };
   int left_tile = -1;  // whose sums were left for the last of its blocks
   u32 came_before = 0;
@@ -352,7 +386,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) skinny_4bit(
       if (lane == 0) free[now].arrive();
       if (++chunk < tile_end) next_scales();
     }
-    if constexpr (SPLIT > 1) return finish_in_cluster();
+    if constexpr (PARTS > 1) return finish_in_cluster();
     finish();
     if (left == 0) break;
     tile++;

@@ -522,7 +522,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 
       if constexpr (SPLIT > 1) {
         typename Kind::Sum share[SUMS / SPLIT];
-        add_in_cluster<SPLIT, CONSUMERS>(share, sums, shared, blockIdx.x % SPLIT);
+        add_in_cluster<SPLIT, 1, CONSUMERS>(share, sums, shared, blockIdx.x % SPLIT);
         const int x_row = place.x_row + blockIdx.x % SPLIT * SHARE;
         if (x_row < a.m) give_out(share, Place{place.weight_row, x_row}, SHARE);
         return;
