@@ -111,7 +111,7 @@ def test_products_against_fp64(kind, dtype, level):
     for shape in SHAPES:
         n, k = shape
         state, spec, w = _weight(kind, shape)
-        for rows in (1, 2, 3, 4, 5, 16, 33):
+        for rows in (1, 2, 3, 4, 5, 8, 15, 33):
             x, g, bias = torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype), torch.randn(n)
             _check(cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), dtype)
             _check(cpu_backend.linear_4bit(x, *state, bias.to(dtype), *spec), x, w.t(), dtype, bias.to(dtype))
@@ -156,13 +156,13 @@ def test_chunks_across_two_scales_of_scales(block_size, level):
     """Of 256 blocks each, which end within a chunk where a row has an odd number of them."""
     state, spec, w = _weight(("nf4", block_size, True), (300, 3 * block_size))
     assert len(state[2]) > 3
-    for rows in (1, 2, 4):
+    for rows in (1, 2, 4, 9):
         for dtype in DTYPES:
             x = torch.randn(rows, 3 * block_size).to(dtype)
             _check(cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 8])
 def test_x_with_a_wide_range(rows, level):
     state, spec, w = _weight(("nf4", 64, False), (50, 256))
     for dtype in DTYPES:
@@ -175,7 +175,7 @@ def test_x_with_a_wide_range(rows, level):
     assert bool(((found - tiny.double() @ w.t()).abs() <= 2.0**-7 * (tiny.double().abs() @ w.t().abs())).all())
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 8])
 def test_x_that_is_not_finite(rows, level):
     state, spec, w = _weight(("nf4", 64, False), (50, 256))
     for dtype in DTYPES:

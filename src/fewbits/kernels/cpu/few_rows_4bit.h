@@ -12,9 +12,8 @@ namespace {
 // code of element 8 i + (j ^ 1): x is put in that order once, and codes are looked up without any shuffle of them.
 
 constexpr int64_t CHUNK = 8 * LANES;
-constexpr int64_t GROUP = 4;                    // rows of x at a time
 constexpr int ROWS = FEWBITS_AVX2 ? 2 : 4;      // of the weight at a time, as registers allow
-constexpr int64_t FEW = FEWBITS_BF16 ? 16 : FEWBITS_AVX2 ? 8 : 4;  // rows of x: with more, panels are faster
+constexpr int64_t FEW = FEWBITS_BF16 ? 32 : FEWBITS_AVX2 ? 8 : 4;  // rows of x: with more, panels are faster
 constexpr int64_t AHEAD = 4096;                 // bytes: how far ahead of where they are needed codes are fetched
 
 // Into the second-level cache: the first has room for few lines that are on their way (measured on a Zen 4).
@@ -22,12 +21,13 @@ INLINE void fetch(const uint8_t* codes) { __builtin_prefetch(codes, 0, 2); }
 
 // How a chunk is multiplied by as much of x: in STEPS steps, for each of which x has a word a lane.
 //     WORDS                words of x for a chunk
+//     GROUP                rows of x at a time, at most; or 4 and fewer
 //     order(x, to)         puts a chunk of x in order; false if it cannot be
 //     weights(word, step)  the weights of a step
 //     Part, add, floats    a sum of products, without scales
 //     factor()             what all sums are to be multiplied by
 struct ExactCodes {
-    static constexpr int STEPS = 8, WORDS = STEPS * LANES;
+    static constexpr int STEPS = 8, WORDS = STEPS * LANES, GROUP = 4;
     static constexpr bool PAIRS = false;
     using Part = Floats;
     const Table values;
@@ -45,7 +45,7 @@ struct ExactCodes {
 
 #if FEWBITS_BF16
 struct Bf16Codes {  // two weights a lane; the values in bf16, twice: the look-up asks for five bits
-    static constexpr int STEPS = 4, WORDS = STEPS * LANES;
+    static constexpr int STEPS = 4, WORDS = STEPS * LANES, GROUP = 8;
     static constexpr bool PAIRS = true;
     using Part = Floats;
     Ints values;
@@ -54,13 +54,18 @@ struct Bf16Codes {  // two weights a lane; the values in bf16, twice: the look-u
         for (int i = 0; i < 32; i++) twice[i] = to_bf16(from[i % 16]);
         values = load_ints(twice);
     }
-    static bool order(const float* x, uint32_t* to) {
-        for (int i = 0; i < LANES; i++)
-            UNROLL for (int j = 0; j < STEPS; j++) {
-                const float* at = x + 8 * i + (j ^ 1);
-                to[j * LANES + i] = to_bits(at[0]) >> 16 | to_bits(at[4]);
-            }
-        return true;
+    // of bf16, so many of which there are
+    static void order(const uint16_t* x, int64_t count, uint32_t* to) {
+        // of 32 numbers the words of step j in the j-th four lanes
+        static constexpr Order16 BY_STEP = {{1, 5, 9, 13, 17, 21, 25, 29, 0, 4, 8, 12, 16, 20, 24, 28,
+                                             3, 7, 11, 15, 19, 23, 27, 31, 2, 6, 10, 14, 18, 22, 26, 30}};
+        Ints v[STEPS];
+        UNROLL for (int i = 0; i < STEPS; i++) v[i] = ordered_16(x + 32 * i, count - 32 * i, BY_STEP);
+        const Ints a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
+        const Ints c = _mm512_shuffle_i32x4(v[2], v[3], 0x44), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
+        store_ints(to, _mm512_shuffle_i32x4(a, c, 0x88)), store_ints(to + LANES, _mm512_shuffle_i32x4(a, c, 0xdd));
+        to += 2 * LANES;
+        store_ints(to, _mm512_shuffle_i32x4(b, d, 0x88)), store_ints(to + LANES, _mm512_shuffle_i32x4(b, d, 0xdd));
     }
     INLINE_METHOD Ints weights(Ints word, int step) const {
         return _mm512_permutexvar_epi16(shift_right(word, 4 * step), values);
@@ -77,6 +82,7 @@ struct Bf16Codes {  // two weights a lane; the values in bf16, twice: the look-u
 // 2.4e-4 or 2e-3. Eight products of a lane are at most 8 * 8064 * 16383, half of what it holds.
 struct Int16Codes {
     static constexpr int STEPS = 4, WORDS = STEPS * LANES + LANES;  // the last ones: what a chunk of x is multiplied by
+    static constexpr int GROUP = 4;
     static constexpr bool PAIRS = true;
     static constexpr float UNIT = 8064, X_UNIT = 16383;  // 42 * 192: FP4's values are multiples of 1 / 192
     using Part = Ints;
@@ -133,15 +139,38 @@ bool serves_few(const Linear4Bit& a, int64_t most_rows) {
     return a.rows <= most_rows && a.w.k % block == 0 && aligned;
 }
 
-// A row of x as words [chunks, WORDS], with zeros past the end.
+// How many rows of x from one on are multiplied together.
 template <class Codes>
-bool order_for_chunks(const Linear4Bit& a, int64_t row, uint32_t* to) {
+INLINE int64_t group_of(int64_t left) {
+    return left >= Codes::GROUP ? Codes::GROUP : least(4, left);
+}
+
+// Where words of a group of rows of x are: from a row to the next, and from a chunk to the next. Of few rows each is a
+// stream of its own; of more those of a chunk lie one after the other (with two rows that took 5 % longer on a Zen 4).
+template <class Codes>
+struct Layout {
+    int64_t row, chunk;
+    INLINE_METHOD Layout(int64_t k, int64_t count) {
+        const bool together = Codes::GROUP > 4 && count >= 4;
+        row = together ? Codes::WORDS : ceil_div(k, CHUNK) * Codes::WORDS;
+        chunk = together ? count * Codes::WORDS : Codes::WORDS;
+    }
+};
+
+// A row of x as words [chunks, WORDS] of so many `apart`, with zeros past the end.
+template <class Codes>
+bool order_for_chunks(const Linear4Bit& a, int64_t row, uint32_t* to, int64_t apart) {
     const int64_t k = a.w.k, padded = ceil_div(k, CHUNK) * CHUNK;
-    float* from = static_cast<float*>(scratch(0, static_cast<size_t>(padded) * 4));
-    to_floats(a.dtype, a.x, row * a.x_stride, k, from);
-    for (int64_t i = k; i < padded; i++) from[i] = 0;
     bool ordered = true;
-    for (int64_t c = 0; c < padded; c += CHUNK, to += Codes::WORDS) ordered &= Codes::order(from + c, to);
+    if constexpr (FEWBITS_BF16 && Codes::PAIRS) {
+        const uint16_t* from = static_cast<const uint16_t*>(a.x) + row * a.x_stride;
+        for (int64_t c = 0; c < k; c += CHUNK, to += apart) Codes::order(from + c, k - c, to);
+    } else {
+        float* from = static_cast<float*>(scratch(0, static_cast<size_t>(padded) * 4));
+        to_floats(a.dtype, a.x, row * a.x_stride, k, from);
+        for (int64_t i = k; i < padded; i++) from[i] = 0;
+        for (int64_t c = 0; c < padded; c += CHUNK, to += apart) ordered &= Codes::order(from + c, to);
+    }
     return ordered;
 }
 
@@ -170,6 +199,24 @@ INLINE Floats halves(Floats first, Floats second) {
     return Floats{first[0], first[1], second[2], second[3]};
 #endif
 }
+
+#if FEWBITS_AVX512
+// Of two vectors sums of lanes that are two apart, those of the first in even lanes and of the second in odd ones: no
+// lane leaves its four, which are in one block.
+INLINE Floats folded(Floats a, Floats b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); }
+
+// The sums of eight vectors that are folded in four.
+INLINE __m256 sums_of_folds(Floats a, Floats b, Floats c, Floats d) {
+    const auto pairs = [](Floats a, Floats b) __attribute__((always_inline)) {
+        const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+        return _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)) + _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    };
+    const Floats first = pairs(a, b), second = pairs(c, d);
+    const Floats halves = _mm512_shuffle_f32x4(first, second, 0x88) + _mm512_shuffle_f32x4(first, second, 0xdd);
+    const Floats all = halves + _mm512_shuffle_f32x4(halves, halves, 0xb1);
+    return _mm512_castps512_ps256(_mm512_shuffle_f32x4(all, all, 0x08));
+}
+#endif
 
 // Scales of R streams of blocks, each of which goes on where it was. Of scales of scales, a stream has those of all 256
 // codes in a table, which serves until the second-level scale changes.
@@ -214,7 +261,10 @@ struct Sums {
     // For one row of x what a chunk adds is summed for each of its blocks in all lanes, those of the other block among
     // them, and the block's own are chosen at the end: to make a vector of two blocks' scales takes longer.
     static constexpr bool BY_BLOCK = M == 1 && PER_CHUNK <= 2;
-    static constexpr int COUNT = BY_BLOCK ? PER_CHUNK : M;
+    // What a chunk adds for two rows of x is folded into one vector before it is scaled: products and scaling keep the
+    // same units busy, folding and adding others. With two or three rows memory is what takes the time.
+    static constexpr bool FOLDED = FEWBITS_BF16 && M >= 4 && Codes::PAIRS;
+    static constexpr int COUNT = BY_BLOCK ? PER_CHUNK : FOLDED ? M / 2 : M;
     Floats of[R][COUNT];
 
     INLINE_METHOD Sums() {
@@ -231,6 +281,32 @@ struct Sums {
                 UNROLL for (int b = 0; b < PER_CHUNK; b++) values[b] = scale(r, b);
                 scales[r] = lane_scales<PER_CHUNK>(values);
             }
+#if FEWBITS_BF16
+        if constexpr (FOLDED) {
+            constexpr int AT_ONCE = 4;
+            static_assert(M % AT_ONCE == 0);
+            Ints w[Codes::STEPS][R];
+            UNROLL for (int j = 0; j < Codes::STEPS; j++)
+                UNROLL for (int r = 0; r < R; r++) w[j][r] = codes.weights(words[r], j);
+            UNROLL for (int first = 0; first < M; first += AT_ONCE) {
+                Floats part[R][AT_ONCE];
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int m = 0; m < AT_ONCE; m++) part[r][m] = zero();
+                UNROLL for (int j = 0; j < Codes::STEPS; j++)
+                    UNROLL for (int m = 0; m < AT_ONCE; m++) {
+                        Ints xs = load_ints(x + (first + m) * x_stride + j * LANES);
+                        KEEP(xs);  // once for all rows
+                        UNROLL for (int r = 0; r < R; r++) part[r][m] = Codes::add(part[r][m], w[j][r], xs);
+                    }
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int m = 0; m < AT_ONCE; m += 2) {
+                        Floats& sum = of[r][(first + m) / 2];
+                        sum = fma(folded(part[r][m], part[r][m + 1]), scales[r], sum);
+                    }
+            }
+            return;
+        }
+#endif
         if constexpr (M == 1 || Codes::PAIRS) {  // scales are applied to what the chunk adds
             typename Codes::Part part[R][M];
             UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) part[r][m] = typename Codes::Part{};
@@ -263,6 +339,20 @@ struct Sums {
         }
     }
 
+    // Of a row of the weight by all rows of x.
+    INLINE_METHOD void totals(int r, float (&to)[M]) const {
+#if FEWBITS_BF16
+        if constexpr (FOLDED) {
+            float all[8];
+            _mm256_storeu_ps(all, sums_of_folds(of[r][0], of[r][1], of[r][COUNT - 2], of[r][COUNT - 1]));
+            UNROLL for (int m = 0; m < M; m++) to[m] = all[m];
+            return;
+        }
+#endif
+        UNROLL for (int m = 0; m < M; m++) to[m] = total(r, m);
+    }
+
+private:
     INLINE_METHOD float total(int r, int m) const {
         return sum(BY_BLOCK && PER_CHUNK == 2 ? halves(of[r][0], of[r][COUNT - 1]) : of[r][m]) * Codes::factor();
     }
@@ -274,7 +364,8 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
                      Scales<NESTED, R>& scales) {
     const Weight4Bit w = a.w;  // a copy, which nothing that is written can change
     const int64_t row_bytes = w.k / 2, apart_bytes = apart * row_bytes, blocks = w.k / w.block_size;
-    const int64_t step = Codes::WORDS, x_stride = ceil_div(w.k, CHUNK) * step;
+    const Layout<Codes> layout(w.k, M);
+    const int64_t x_stride = layout.row, step = layout.chunk;
     const int64_t together = PER_CHUNK > 1 ? 1 : most(1, w.block_size / CHUNK);  // chunks in one block
     const uint8_t* packed = w.packed + n * row_bytes;
     const Codes codes(w.values);
@@ -325,8 +416,9 @@ INLINE void few_rows(const Linear4Bit& a, const uint32_t* x, int64_t row, int64_
     UNROLL for (int r = 0; r < R; r++) {
         const int64_t column = n + r * apart;
         const float bias = a.bias == nullptr ? 0.0f : load_one(a.bias_dtype, a.bias, column);
-        UNROLL for (int m = 0; m < M; m++)
-            store_one(a.dtype, a.out, (row + m) * w.n + column, sums.total(r, m) + bias);
+        float totals[M];
+        sums.totals(r, totals);
+        UNROLL for (int m = 0; m < M; m++) store_one(a.dtype, a.out, (row + m) * w.n + column, totals[m] + bias);
     }
 }
 
@@ -350,13 +442,17 @@ void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t row, int64
 
 template <class Codes, bool NESTED, int PER_CHUNK>
 void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int64_t last) {
-    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::WORDS;
-    for (int64_t row = 0; row < a.rows; row += GROUP, x += GROUP * x_stride) switch (least(GROUP, a.rows - row)) {
+    const int64_t row_words = ceil_div(a.w.k, CHUNK) * Codes::WORDS;
+    for (int64_t row = 0, count; row < a.rows; row += count, x += count * row_words) {
+        count = group_of<Codes>(a.rows - row);
+        switch (count) {
             case 1: few_rows_between<Codes, NESTED, 1, PER_CHUNK>(a, x, row, first, last); break;
             case 2: few_rows_between<Codes, NESTED, 2, PER_CHUNK>(a, x, row, first, last); break;
             case 3: few_rows_between<Codes, NESTED, 3, PER_CHUNK>(a, x, row, first, last); break;
-            default: few_rows_between<Codes, NESTED, 4, PER_CHUNK>(a, x, row, first, last);
+            case 4: few_rows_between<Codes, NESTED, 4, PER_CHUNK>(a, x, row, first, last); break;
+            default: few_rows_between<Codes, NESTED, Codes::GROUP, PER_CHUNK>(a, x, row, first, last);
         }
+    }
 }
 
 template <class Codes, int PER_CHUNK>
@@ -368,15 +464,19 @@ void few_rows_between(const Linear4Bit& a, const uint32_t* x, int64_t first, int
 // False, with nothing done, if x cannot be put in order for these codes.
 template <class Codes>
 bool linear_few(const Linear4Bit& a) {
-    const int64_t x_stride = ceil_div(a.w.k, CHUNK) * Codes::WORDS;
-    uint32_t* x = static_cast<uint32_t*>(scratch(4, static_cast<size_t>(a.rows * x_stride) * 4));
+    const int64_t row_words = ceil_div(a.w.k, CHUNK) * Codes::WORDS;
+    uint32_t* x = static_cast<uint32_t*>(scratch(4, static_cast<size_t>(a.rows * row_words) * 4));
     bool ordered = true;
     parallel_for(a.threads, a.rows, [&](int64_t row) {
-        if (!order_for_chunks<Codes>(a, row, x + row * x_stride)) __atomic_store_n(&ordered, false, __ATOMIC_RELAXED);
+        int64_t first = 0, count = group_of<Codes>(a.rows);  // of its group
+        while (first + count <= row) first += count, count = group_of<Codes>(a.rows - first);
+        const Layout<Codes> layout(a.w.k, count);
+        uint32_t* to = x + first * row_words + (row - first) * layout.row;
+        if (!order_for_chunks<Codes>(a, row, to, layout.chunk)) __atomic_store_n(&ordered, false, __ATOMIC_RELAXED);
     });
     if (!ordered) return false;
     // long streams, but at most so many rows that a second group of rows of x finds them in the second-level cache
-    const int64_t most_rows = a.rows <= GROUP ? 256 : 64;
+    const int64_t most_rows = a.rows <= Codes::GROUP ? 256 : 64;
     const int64_t piece = most(16, least(most_rows, a.w.n / (8 * a.threads) / ROWS * ROWS));
     parallel_for(a.threads, ceil_div(a.w.n, piece), [&](int64_t index) {
         const int64_t first = index * piece, last = least(a.w.n, first + piece), blocks = CHUNK / a.w.block_size;

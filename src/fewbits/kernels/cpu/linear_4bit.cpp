@@ -139,7 +139,7 @@ void linear_4bit(const Linear4Bit& a) {
 #elif FEWBITS_AVX2
     if (a.dtype != FLOAT32 && serves_few(a, FEW) && linear_few<Int16Codes>(a)) return;
 #endif
-    if (serves_few(a, GROUP) && linear_few<ExactCodes>(a)) return;
+    if (serves_few(a, ExactCodes::GROUP) && linear_few<ExactCodes>(a)) return;
     multiply_panels(Rows4Bit{a.w}, Product{a.x, a.x_stride, a.rows, a.dtype, a.bias, a.bias_dtype, a.out, a.threads});
 }
 

@@ -26,19 +26,35 @@ constexpr int64_t MOST_DEPTH = 512;   // of a panel, in columns of x
 constexpr int64_t PANEL_WIDTH = 128;
 constexpr int64_t PANEL_ROWS = 1024;  // of x that share a decoded panel
 
+struct Product {
+    const void* x;
+    int64_t x_stride, rows, dtype;
+    const void* bias;
+    int64_t bias_dtype;
+    void* out;
+    int64_t threads;
+};
+
 // How a panel holds numbers, and what multiplies them.
+//     put      8 rows of LANES columns
+//     add      a sum and the products of a row of the panel with a word of x
+//     order    rows first to first + count of x, columns from k on, of which so many are there: [depth, count]
 struct Float32Step {
     static constexpr int64_t PER_WORD = 1;
-    // 8 rows of LANES columns
     static INLINE_METHOD void put(const Floats (&numbers)[8], uint32_t* panel) {
         UNROLL for (int j = 0; j < 8; j++) store(reinterpret_cast<float*>(panel + j * TILE_WIDTH), numbers[j]);
     }
     static INLINE_METHOD Floats add(Floats sum, Ints w, uint32_t x) {
         return fma((Floats)w, splat(from_bits(x)), sum);
     }
-    // 8 numbers of a row of x, to every stride-th word
-    static INLINE_METHOD void put_x(const float* x, uint32_t* to, int64_t stride) {
-        UNROLL for (int j = 0; j < 8; j++) to[j * stride] = to_bits(x[j]);
+    static void order(const Product& p, int64_t first, int64_t count, int64_t k, int64_t depth, int64_t there,
+                      uint32_t* to) {
+        float row[MOST_DEPTH];
+        for (int64_t m = 0; m < count; m++) {
+            to_floats(p.dtype, p.x, (first + m) * p.x_stride + k, there, row);
+            for (int64_t i = there; i < depth; i++) row[i] = 0;
+            for (int64_t i = 0; i < depth; i++) to[i * count + m] = to_bits(row[i]);
+        }
     }
 };
 
@@ -51,20 +67,26 @@ struct Bf16Step {
     static INLINE_METHOD Floats add(Floats sum, Ints w, uint32_t x) {
         return dot_bf16(sum, w, _mm512_set1_epi32(static_cast<int>(x)));
     }
-    static INLINE_METHOD void put_x(const float* x, uint32_t* to, int64_t stride) {
-        UNROLL for (int j = 0; j < 4; j++) to[j * stride] = to_bits(x[j]) >> 16 | to_bits(x[j + 4]);  // of a bf16 x
+    // of bf16, 32 columns at a time
+    static void order(const Product& p, int64_t first, int64_t count, int64_t k, int64_t depth, int64_t there,
+                      uint32_t* to) {
+        static_assert(TILE_ROWS <= LANES);
+        static constexpr Order16 PAIRS = {{0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
+                                           16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31}};
+        const uint16_t* from = static_cast<const uint16_t*>(p.x) + first * p.x_stride + k;
+        const __mmask16 rows = static_cast<__mmask16>((1 << count) - 1);
+        for (int64_t i = 0; i < depth; i += 32, to += LANES * count) {
+            Ints v[LANES];
+            UNROLL for (int m = 0; m < LANES; m++)
+                v[m] = m < count ? ordered_16(from + m * p.x_stride + i, there - i, PAIRS) : Ints{};
+            transpose(v);
+            const int64_t words = least(LANES, (depth - i) / 2);
+            UNROLL for (int w = 0; w < LANES; w++)
+                if (w < words) _mm512_mask_storeu_epi32(to + w * count, rows, v[w]);
+        }
     }
 };
 #endif
-
-struct Product {
-    const void* x;
-    int64_t x_stride, rows, dtype;
-    const void* bias;
-    int64_t bias_dtype;
-    void* out;
-    int64_t threads;
-};
 
 // Rows of x in tiles: about as many in each.
 struct Tiles {
@@ -103,17 +125,11 @@ template <class Step>
 static void order_for_tiles(const Product& p, int64_t first, const Tiles& tiles, int64_t depth, uint32_t* to) {
     const int64_t padded = ceil_div(depth, 8) * 8;
     parallel_for(p.threads, tiles.count, [&](int64_t tile) {
-        float* row = static_cast<float*>(scratch(0, static_cast<size_t>(padded) * 4));
         const int64_t begin = tiles.first(tile), count = tiles.first(tile + 1) - begin;
-        for (int64_t m = 0; m < count; m++) {
-            to_floats(p.dtype, p.x, (first + begin + m) * p.x_stride, depth, row);
-            for (int64_t i = depth; i < padded; i++) row[i] = 0;
-            for (int64_t k = 0; k < padded; k += MOST_DEPTH) {
-                const int64_t part = least(MOST_DEPTH, padded - k);
-                uint32_t* out = to + (k * tiles.rows + part * begin) / Step::PER_WORD + m;
-                for (int64_t i = 0; i < part; i += 8)
-                    Step::put_x(row + k + i, out + i / Step::PER_WORD * count, count);
-            }
+        for (int64_t k = 0; k < padded; k += MOST_DEPTH) {
+            const int64_t part = least(MOST_DEPTH, padded - k), there = least(part, depth - k);
+            Step::order(p, first + begin, count, k, part, there,
+                        to + (k * tiles.rows + part * begin) / Step::PER_WORD);
         }
     });
 }

@@ -406,6 +406,15 @@ INLINE Ints pair_bf16(Floats low, Floats high) {
     return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
 #endif
+// 32 numbers of 16 bits in some order, with zeros past the first `count` ones; nothing is read there
+struct Order16 {
+    uint16_t of[32];
+};
+INLINE Ints ordered_16(const void* from, int64_t count, const Order16& order) {
+    const Ints numbers =
+        count >= 32 ? load_ints(from) : _mm512_maskz_loadu_epi16(count > 0 ? ~0u >> (32 - count) : 0, from);
+    return _mm512_permutexvar_epi16(load_ints(order.of), numbers);
+}
 #endif
 
 }  // namespace FEWBITS_LEVEL
