@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from fewbits.kernels import cuda_backend, cuda_plans, nvrtc, ways
+from fewbits.kernels import cuda_backend, cuda_plans, cuda_shapes, nvrtc, ways
 
 HEADER = Path(__file__).parent / "emulator" / "cuda.h"
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -100,8 +100,8 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(nvrtc, "has_tensor_maps", lambda: True)
     monkeypatch.setattr(nvrtc, "tensor_map", tensor_map)
     monkeypatch.setattr(nvrtc, "capture_id", lambda stream: 0)
-    monkeypatch.setattr(cuda_plans, "limits", lambda device: limits)
-    monkeypatch.setattr(cuda_plans, "most_clusters", lambda blocks, device: limits[0] // blocks)
+    monkeypatch.setattr(cuda_shapes, "limits", lambda device: limits)
+    monkeypatch.setattr(cuda_shapes, "most_clusters", lambda blocks, device: limits[0] // blocks)
     monkeypatch.setattr(cuda_plans, "_counters", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Emulated")
@@ -110,7 +110,7 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     caches = (
         cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant, cuda_plans.skinny, cuda_plans.skinny_variant,
-        cuda_plans.wide, cuda_plans.wide_variant, cuda_plans.dequantizer, cuda_plans.quickest, cuda_plans.values,
+        cuda_plans.wide, cuda_plans.wide_variant, cuda_plans.dequantizer, cuda_shapes.quickest, cuda_plans.values,
         ways._steps, ways._tuned,
     )  # fmt: skip
     for cache in caches:

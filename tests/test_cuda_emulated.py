@@ -15,7 +15,7 @@ from products import UNIT, check, values
 
 from fewbits import kernels
 from fewbits.formats import QuantSpec
-from fewbits.kernels import cuda_plans, nvrtc
+from fewbits.kernels import cuda_plans, cuda_shapes, nvrtc
 from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.ways import use_way
 from fewbits.tensor import QuantTensor
@@ -102,7 +102,7 @@ def test_few_rows(cuda, spec, rows, n, k, dtype, bias):
 )
 def test_several_tiles_of_a_block(cuda, spec, limits):
     rows, n, k = 3, 160, 192
-    plan = cuda_plans.decode_plan(cuda_plans.DecodeShape(2, 1), n, k, rows, 8 if spec.format == "int8" else 4, 64, -1)
+    plan = cuda_shapes.decode_plan(cuda_shapes.DecodeShape(2, 1), n, k, rows, 8 if spec.format == "int8" else 4, 64, -1)
     assert plan.kept == (0 if limits[1] in (171_000, 90_000) else plan.rounds), plan
     check_product(cuda, "decode.cu", spec, rows, n, k, BF16)
 
@@ -124,7 +124,7 @@ def test_several_tiles_of_a_block(cuda, spec, limits):
     ids=str,
 )
 def test_shapes_of_blocks(cuda, shape, spec, rows, n, k, dtype, bias, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_decode_shape", lambda *_: cuda_plans.DecodeShape(*shape))
+    monkeypatch.setattr(cuda_shapes, "decode_shape", lambda *_: cuda_shapes.DecodeShape(*shape))
     with use_way("decode"):
         check_product(cuda, "decode.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
 
@@ -154,7 +154,7 @@ def test_the_quickest(cuda, rows):
 
 @pytest.mark.parametrize("rows", [10, 20])
 def test_short_blocks_are_decoded_where_another_kernel_would_be_quicker(cuda, rows, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "quickest", lambda *_: "skinny")
+    monkeypatch.setattr(cuda_shapes, "quickest", lambda *_: "skinny")
     check_product(cuda, "decode.cu", QuantSpec("nf4", 32, True), rows, 40, 192, BF16)
 
 
@@ -181,7 +181,7 @@ def test_what_is_not_served(cuda):
     ids=str,
 )
 def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(2, 1))
+    monkeypatch.setattr(cuda_shapes, "skinny_shape", lambda *_: cuda_shapes.SkinnyShape(2, 1))
     with use_way("skinny"):
         check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
     for counters in cuda_plans._counters.values():
@@ -202,7 +202,7 @@ def test_some_tens_of_rows(cuda, spec, rows, n, k, dtype, bias, monkeypatch):
     ids=str,
 )
 def test_some_tens_of_rows_by_clusters(cuda, shape, spec, rows, n, k, dtype, bias, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(*shape))
+    monkeypatch.setattr(cuda_shapes, "skinny_shape", lambda *_: cuda_shapes.SkinnyShape(*shape))
     with use_way("skinny"):
         check_product(cuda, "skinny_4bit.cu", spec, rows, n, k, dtype, bias)
 
@@ -223,7 +223,7 @@ def test_some_tens_of_rows_by_clusters(cuda, shape, spec, rows, n, k, dtype, bia
     ids=str,
 )
 def test_hundreds_of_rows(cuda, tile, spec, rows, n, k, dtype, bias, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(tile, 2, 1))
+    monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(tile, 2, 1))
     with use_way("wide"):
         check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
     for counters in cuda_plans._counters.values():
@@ -242,7 +242,7 @@ def test_hundreds_of_rows(cuda, tile, spec, rows, n, k, dtype, bias, monkeypatch
     ids=str,
 )
 def test_hundreds_of_rows_by_shapes(cuda, shape, spec, rows, n, k, dtype, bias, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(*shape))
+    monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(*shape))
     with use_way("wide"):
         check_product(cuda, "wide.cu", spec, rows, n, k, dtype, bias if bias is None or bias.itemsize == 4 else dtype)
     for counters in cuda_plans._counters.values():
@@ -256,7 +256,7 @@ def test_hundreds_of_rows_by_shapes(cuda, shape, spec, rows, n, k, dtype, bias, 
     ids=str,
 )
 def test_rows_of_x_in_8_bits_by_clusters(cuda, shape, rows, n, k, dtype, columns, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(*shape))
+    monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(*shape))
     q, x, bias = quantized(QuantSpec("int8"), n, k), torch.randn(rows, k, dtype=dtype), torch.randn(n)
     x[:, torch.randperm(k)[:columns]] *= 5
     out = product(cuda, x, q, bias)
@@ -277,7 +277,7 @@ def test_rows_of_x_in_8_bits_by_clusters(cuda, shape, rows, n, k, dtype, columns
     ids=str,
 )
 def test_rows_of_x_in_8_bits(cuda, tile, rows, n, k, dtype, columns, monkeypatch):
-    monkeypatch.setattr(cuda_plans, "_wide_shape", lambda *_: cuda_plans.WideShape(tile, 2, 1))
+    monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(tile, 2, 1))
     q, x, bias = quantized(QuantSpec("int8"), n, k), torch.randn(rows, k, dtype=dtype), torch.randn(n)
     x[:, torch.randperm(k)[:columns]] *= 5
     x[-1, : columns and 3] = 9.0
@@ -470,8 +470,8 @@ def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
     split = 2 if CLUSTERED in right else 1
     if split == 2:
         n = 30
-        monkeypatch.setattr(cuda_plans, "_decode_shape", lambda *_: cuda_plans.DecodeShape(2, 2))
-    monkeypatch.setattr(cuda_plans, "_skinny_shape", lambda *_: cuda_plans.SkinnyShape(2, split))
+        monkeypatch.setattr(cuda_shapes, "decode_shape", lambda *_: cuda_shapes.DecodeShape(2, 2))
+    monkeypatch.setattr(cuda_shapes, "skinny_shape", lambda *_: cuda_shapes.SkinnyShape(2, split))
     q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
     for _ in range(10):
         try:

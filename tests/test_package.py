@@ -52,7 +52,8 @@ def test_layers_import_only_what_stands_below_them():
     layers = [
         "errors", "partition", "memory", "kernels.nvrtc", "kernels.constants", "kernels.codebooks",
         "kernels.reference", "kernels.pieces", "kernels.cpu_backend", "kernels.triton_backend", "kernels.ways",
-        "kernels.cuda_plans", "kernels.cuda_backend", "kernels", "formats", "tensor", "bench", "dispatch",
+        "kernels.cuda_shapes", "kernels.cuda_plans", "kernels.cuda_backend", "kernels", "formats", "tensor", "bench",
+        "dispatch",
         "statedict", "accelerate_hooks", "modules", "config", "structure", "storage", "devices", "plan", "decide",
         "meta", "files", "reader", "hub", "checkpoint", "match", "hf", "homes", "offload", "place", "stored", "spread",
         "load", "inplace", "pretrained", "preview", "atomic", "save", "summary", "accelerate.accelerator",

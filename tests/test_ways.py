@@ -14,7 +14,7 @@ from test_cli import MODEL, _run
 from fewbits import bench
 from fewbits.errors import ConfigError, FewbitsWarning
 from fewbits.formats import QuantSpec
-from fewbits.kernels import cuda_backend, cuda_plans, ways
+from fewbits.kernels import cuda_backend, cuda_shapes, ways
 from fewbits.kernels.ways import MOST, TABLE, WAYS, keep, tuned_file, use_way
 from fewbits.tensor import QuantTensor
 
@@ -30,17 +30,17 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: found["capability"])
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path / "cache"))
     # of an H200
-    monkeypatch.setattr(cuda_plans, "limits", lambda device: (132, 230_400))
-    monkeypatch.setattr(cuda_plans, "most_clusters", lambda blocks, device: {2: 66, 4: 30, 8: 15}[blocks])
-    cuda_plans.quickest.cache_clear()
+    monkeypatch.setattr(cuda_shapes, "limits", lambda device: (132, 230_400))
+    monkeypatch.setattr(cuda_shapes, "most_clusters", lambda blocks, device: {2: 66, 4: 30, 8: 15}[blocks])
+    cuda_shapes.quickest.cache_clear()
     ways.forget()
     yield found
-    cuda_plans.quickest.cache_clear()
+    cuda_shapes.quickest.cache_clear()
     ways.forget()
 
 
 def first(kind, rows, n=4096, k=4096):
-    return ways.ways(kind, n, k, rows, 0, cuda_plans.quickest)[0]
+    return ways.ways(kind, n, k, rows, 0, cuda_shapes.quickest)[0]
 
 
 def test_every_table_covers_all_rows_with_known_ways():

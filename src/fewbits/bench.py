@@ -137,9 +137,9 @@ def _timing(shape: tuple[int, int], x: Tensor, plain: list[Tensor], quantized: l
 
 
 def _taken(shape: tuple[int, int], x: Tensor, weight: QuantTensor) -> str:
-    from fewbits.kernels import cuda_plans
+    from fewbits.kernels import cuda_shapes
 
-    return ways(_kind(weight.spec), *shape, len(x), x.get_device(), cuda_plans.quickest)[0]
+    return ways(_kind(weight.spec), *shape, len(x), x.get_device(), cuda_shapes.quickest)[0]
 
 
 def _way_us(way: str, x: Tensor, quantized: list[QuantTensor]) -> float | None:

@@ -106,10 +106,10 @@ def test_many_rows(spec):
 
 
 def test_clusters_that_run_at_once():
-    from fewbits.kernels import cuda_plans
+    from fewbits.kernels import cuda_shapes
 
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    counts = {blocks: cuda_plans.most_clusters(blocks, 0) for blocks in (1, 2, 4, 8)}
+    counts = {blocks: cuda_shapes.most_clusters(blocks, 0) for blocks in (1, 2, 4, 8)}
     assert counts[1] == processors
     assert all(processors // 2 < blocks * count <= processors for blocks, count in counts.items()), counts
 
@@ -134,12 +134,12 @@ def test_clusters_that_run_at_once():
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 def test_every_shape_of_blocks(way, shape, rows, n, k, dtype, monkeypatch):
     """Also those that the table would not take for so small a weight."""
-    from fewbits.kernels import cuda_plans
+    from fewbits.kernels import cuda_plans, cuda_shapes
     from fewbits.kernels.ways import use_way
 
-    kind = {"decode": cuda_plans.DecodeShape, "skinny": cuda_plans.SkinnyShape, "wide": cuda_plans.WideShape}[way]
+    kind = {"decode": cuda_shapes.DecodeShape, "skinny": cuda_shapes.SkinnyShape, "wide": cuda_shapes.WideShape}[way]
     plan = getattr(cuda_plans, way)
-    monkeypatch.setattr(cuda_plans, f"_{way}_shape", lambda *_: kind(*shape))
+    monkeypatch.setattr(cuda_shapes, f"{way}_shape", lambda *_: kind(*shape))
     plan.cache_clear()
     try:
         for spec in (

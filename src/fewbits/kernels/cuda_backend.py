@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fewbits.kernels.cuda_plans as plans
+import fewbits.kernels.cuda_shapes as shapes
 import fewbits.kernels.nvrtc as nvrtc
 from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.nvrtc import CudaError, Kernel
@@ -60,7 +61,7 @@ def _dequantize_into(out: Tensor, packed: Tensor, scales: _Scales, format: str, 
     arguments = (
         packed.data_ptr() + first // 2, absmax, *scales.pointers(), values.data_ptr(), out.data_ptr(), block, n,
     )  # fmt: skip
-    blocks = min(-(-n // (256 * 32)), 4 * plans.limits(index)[0])
+    blocks = min(-(-n // (256 * 32)), 4 * shapes.limits(index)[0])
     _launch(kernel, index, max(blocks, 1), 1, arguments)
 
 
@@ -144,7 +145,7 @@ def _embedding(
     ids, packed = ids.to(torch.int64).contiguous(), _aligned(packed)
     out = torch.empty((*ids.shape, k), dtype=dtype, device=packed.device)
     arguments = ids.data_ptr(), packed.data_ptr(), scales.data_ptr(), *tables, out.data_ptr(), count, n, k
-    _launch(kernel, index, min(-(-count * k // (256 * 8)), 16 * plans.limits(index)[0]), 1, arguments)
+    _launch(kernel, index, min(-(-count * k // (256 * 8)), 16 * shapes.limits(index)[0]), 1, arguments)
     return out
 
 
@@ -165,7 +166,7 @@ def quantize_4bit(w: Tensor, format: str, block_size: int) -> Any:
     packed = torch.empty(n // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=w.device)
     arguments = w.data_ptr(), plans.buckets(w.device).data_ptr(), packed.data_ptr(), absmax.data_ptr(), n
-    _launch(kernel, index, min(-(-n // (256 * 32)), 8 * plans.limits(index)[0]), 1, arguments)
+    _launch(kernel, index, min(-(-n // (256 * 32)), 8 * shapes.limits(index)[0]), 1, arguments)
     return packed, absmax
 
 
@@ -307,7 +308,7 @@ def linear_4bit(
         return NotImplemented
     scales = _scales(absmax, nested_absmax, nested_offset)
     product = _Product(x, packed, scales, bias, format, block_size, n, k, rows)
-    for way in ways("4-bit", n, k, rows, x.get_device(), plans.quickest):
+    for way in ways("4-bit", n, k, rows, x.get_device(), shapes.quickest):
         out = _WAYS_4BIT[way](product)
         if out is not NotImplemented:
             return out
@@ -347,7 +348,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
         return NotImplemented
     bf16, index = x.dtype is torch.bfloat16, x.get_device()
     absmax = _aligned(absmax)
-    for way in ways("int8", n, k, rows, index, plans.quickest):
+    for way in ways("int8", n, k, rows, index, shapes.quickest):
         wide = plans.wide(rows, n, k, bf16, 8, 64, False, index) if way == "wide" and threshold > 0 else None
         if wide is not None:
             return _linear_of_quantized(wide, x, q, absmax, bias, threshold)
@@ -358,7 +359,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
 
 def _decode_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, n: int, k: int, rows: int) -> Any:
     """The weight is read once for each 32 rows."""
-    bf16, index, most = x.dtype is torch.bfloat16, x.get_device(), plans.FEW_ROWS
+    bf16, index, most = x.dtype is torch.bfloat16, x.get_device(), shapes.FEW_ROWS
     out, all_rows = x.new_empty((*x.shape[:-1], n)), _rows(x, k)
     for first in range(0, rows, most):
         count = min(most, rows - first)
@@ -393,7 +394,7 @@ def _linear_of_quantized(
         from_x.pointer, codes.data_ptr(), scales.data_ptr(), outliers.data_ptr(), counters.data_ptr(),
         from_x.stride, rows, k, threshold,
     )  # fmt: skip
-    _launch(quantize, index, min(rows, 8 * plans.limits(index)[0]), 1, arguments)
+    _launch(quantize, index, min(rows, 8 * shapes.limits(index)[0]), 1, arguments)
     more = (
         sums.data_ptr(), counters.data_ptr(), scales.data_ptr(), from_x.pointer, outliers.data_ptr(), from_x.stride
     )  # fmt: skip
