@@ -251,24 +251,27 @@ def measure(model: nn.Module, tokens: Tensor, row: dict[str, Any], compiling: bo
     return last[0] if last else None
 
 
-def eager_in_turns(models: dict[str, nn.Module], device: str) -> dict[str, float]:
-    """Median milliseconds of a step as it is called, by model; one that fails is left out, and fails again below."""
+def eager_in_turns(models: dict[str, nn.Module], rows: dict[str, dict[str, Any]], device: str) -> None:
+    """Fill in median milliseconds of a step as it is called, by model. What fails is noted, and the rest goes on."""
     steps: dict[str, Step] = {}
     times: dict[str, list[float]] = {name: [] for name in models}
     for name, model in models.items():
         set_threshold(model, 6.0)
-        step = Step(model, 1, device)
         try:
+            step = Step(model, 1, device)
             step()
-        except Exception:
-            continue
-        steps[name] = step
+            steps[name] = step
+        except Exception as error:  # a failure is a result
+            rows[name]["errors"]["eager_1"] = message(error)
+            if device == "cuda":
+                after_failure()
     order, shuffled = list(steps), random.Random(0)
     for _ in range(EAGER_TURNS):
         shuffled.shuffle(order)
         for name in order:
             times[name].append(host_ms(steps[name], steps[name].rewind, 5, device))
-    return {name: statistics.median(times[name]) for name in steps}
+    for name in steps:
+        rows[name]["ms"]["eager_1"] = statistics.median(times[name])
 
 
 def copy_speed() -> float:
@@ -357,8 +360,7 @@ def run(args: argparse.Namespace, result: dict[str, Any], device: str, write: Ca
             if device == "cuda":
                 after_failure()
     del base
-    for name, ms in eager_in_turns(models, device).items():
-        rows[name]["ms"]["eager_1"] = ms
+    eager_in_turns(models, rows, device)
     if args.eager:
         for name, row in rows.items():
             print(f"{name:<13} eager B=1 {row['ms'].get('eager_1', math.nan):.2f} ms", *row["errors"].values())
