@@ -172,6 +172,17 @@ DEVICE int same_of_warp(int value) {
   return value;
 }
 
+// threadIdx.x, asked for anew: to keep what follows from it may take registers that loops want
+DEVICE int thread_again() {
+#ifdef EMULATED
+  return threadIdx.x;
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 // The compiler is not to compute it again wherever it is used.
 DEVICE int kept(int value) {
 #ifndef EMULATED
@@ -335,31 +346,46 @@ DEVICE float as_float(int bits) { return __uint_as_float((u32)bits); }
 DEVICE void set_float(float& to, float value) { to = value; }
 DEVICE void set_float(int& to, float value) { to = (int)__float_as_uint(value); }
 
-// A warp's sums, 16 rows of the weight from `row` on by m rows of x, to out[m, n].
+// A warp's sums, 16 rows of the weight from `row` on by m rows of x, to out[m, n]. `whole`, the same for all threads of
+// the block: there are as many rows of both as it has sums for.
 template <int SUMS, typename Sum>
-DEVICE void write_sums(const Sum (&sums)[SUMS], u16* out, int m, int n, int row, const void* bias, int bias_bytes, int g, int t) {
+DEVICE void write_sums(const Sum (&sums)[SUMS], u16* out, int m, int n, int row, const void* bias, int bias_bytes, int g, int t,
+                       bool whole = false) {
   const float bias0 = bias_at(bias, bias_bytes, min(row + g, n - 1));
   const float bias1 = bias_at(bias, bias_bytes, min(row + g + 8, n - 1));
+  auto upper_of = [&](int c) { return pair_of_two(as_float(sums[4 * c]) + bias0, as_float(sums[4 * c + 1]) + bias0); };
+  auto lower_of = [&](int c) { return pair_of_two(as_float(sums[4 * c + 2]) + bias1, as_float(sums[4 * c + 3]) + bias1); };
+  if ((n & 3) != 0) {
 #pragma unroll
-  for (int c = 0; c < SUMS / 4; c++) {
-    if (c * 8 >= m) break;
-    const Sum* from = sums + 4 * c;
-    u32 upper = pair_of_two(as_float(from[0]) + bias0, as_float(from[1]) + bias0);
-    u32 lower = pair_of_two(as_float(from[2]) + bias1, as_float(from[3]) + bias1);
-    if ((n & 3) == 0) {
-      // a lane gets four neighbours of a row of the output, so that four lanes write 32 bytes
-      upper = transposed(upper), lower = transposed(lower);
-      const u32 other = __shfl_xor_sync(0xFFFFFFFF, t & 1 ? upper : lower, 1);
-      const int to = row + (t & 1) * 8 + (t & 2) * 2, at = c * 8 + g;
-      if (at < m && to < n)
-        *(uint2*)(out + (long long)at * n + to) = t & 1 ? make_uint2(other, lower) : make_uint2(upper, other);
-    } else {
+    for (int c = 0; c < SUMS / 4; c++) {
+      if (c * 8 >= m) break;
+      const u32 upper = upper_of(c), lower = lower_of(c);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int to = row + g + (i & 2) * 4, at = c * 8 + t * 2 + (i & 1);
         const u32 pair = i & 2 ? lower : upper;
         if (at < m && to < n) out[(long long)at * n + to] = (u16)(i & 1 ? pair >> 16 : pair);
       }
+    }
+    return;
+  }
+  // a lane gets four neighbours of a row of the output, so that four lanes write 32 bytes
+  auto four_of = [&](int c) {
+    const u32 upper = transposed(upper_of(c)), lower = transposed(lower_of(c));
+    const u32 other = __shfl_xor_sync(0xFFFFFFFF, t & 1 ? upper : lower, 1);
+    return t & 1 ? make_uint2(other, lower) : make_uint2(upper, other);
+  };
+  const int to = row + (t & 1) * 8 + (t & 2) * 2;
+  u16* place = out + (long long)g * n + to;
+  if (whole) {  // no branches: what takes a while is under way for several
+#pragma unroll
+    for (int c = 0; c < SUMS / 4; c++, place += 8ll * n) *(uint2*)place = four_of(c);
+  } else {
+#pragma unroll
+    for (int c = 0; c < SUMS / 4; c++, place += 8ll * n) {
+      if (c * 8 >= m) break;
+      const uint2 four = four_of(c);
+      if (c * 8 + g < m && to < n) *(uint2*)place = four;
     }
   }
 }

@@ -70,6 +70,7 @@ constexpr int TABLE_BYTES = BITS == 4 ? 65536 : 0;          // a Pair for each b
 constexpr int DYNAMIC_BYTES = BITS == 4 ? 1024 : 0;
 constexpr int EXACT_BYTES = BITS == 8 ? X_BYTES : 0;        // columns of outliers of x
 constexpr int GROUP = 1024 / TILE_M;                        // tiles of x that blocks work on at a time
+constexpr bool AHEAD = TILE_M < 256 && WARPGROUPS == 2;     // there are registers for codes that are not wanted yet
 constexpr int SCALE_TURNS = (ROWS + PRODUCERS - 1) / PRODUCERS;
 constexpr int SHARE = TILE_M / SPLIT;                       // rows of x that a block of a cluster gives out
 
@@ -453,7 +454,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
     };
     auto give_out = [&](auto& sums, const Place& place, int rows) {  // of x
       constexpr int SUMS = sizeof(sums) / 4;
-      const int m = min(rows, a.m - place.x_row), row = place.weight_row + warp * 16;
+      const int thread = thread_again(), g = thread >> 2 & 7, t = thread & 3;
+      const int m = min(rows, a.m - place.x_row), row = place.weight_row + (thread >> 5) * 16;
 #if BITS == 8
       if constexpr (!DECODED) {  // from here on the bits of fp32
 #pragma unroll
@@ -471,7 +473,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 #pragma unroll
       for (int i = 0; i < SUMS; i++) set_float(sums[i], as_float(sums[i]) * (i & 2 ? scale1 : scale0));
 #endif
-      write_sums(sums, a.out + (long long)place.x_row * a.n, m, a.n, row, a.bias, a.bias_bytes, g, t);
+      const bool whole = m == rows && place.weight_row + ROWS <= a.n;
+      write_sums(sums, a.out + (long long)place.x_row * a.n, m, a.n, row, a.bias, a.bias_bytes, g, t, whole);
     };
     int left_part = -1;  // whose sums were left for the last of its blocks
     u32 came_before = 0;
@@ -509,10 +512,15 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
           if constexpr (DECODED) {
             // What memory answers is asked for one step before it is wanted: the codes of the slot after the next one,
             // and then the values of these, while the next slot's are made an operand, and products go on.
-            Codes codes;
-            if (left > 1) codes = read_codes(half);
-            if (left > 0) make_operand(operands[half ^ 1]);
-            if (left > 1) look_up(codes);
+            if constexpr (AHEAD) {
+              Codes codes;
+              if (left > 1) codes = read_codes(half);
+              if (left > 0) make_operand(operands[half ^ 1]);
+              if (left > 1) look_up(codes);
+            } else {
+              if (left > 0) make_operand(operands[half ^ 1]);
+              if (left > 1) look_up(read_codes(half));
+            }
           }
         }
       }
