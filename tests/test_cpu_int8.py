@@ -151,6 +151,35 @@ def test_integers_are_exact(level):
         torch.testing.assert_close(found.double(), x.double() @ q.double().t(), rtol=2.0**-22, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(97, 300, 70), (100, 257, 333), (96, 260, 4096), (33, 270, 4161), (130, 384, 8300)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # with two digits, and with one
+def test_many_rows(rows, n, k, dtype, level):
+    """With enough of both the weight is put in another order first, which depends on the threads: the same bits."""
+    x = torch.randint(-127, 128, (rows, k)).to(dtype)
+    x[:, 0] = 127.0
+    q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    exact = x.double() @ q.double().t()
+    before = torch.get_num_threads()
+    try:
+        outs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(cpu_backend.linear_int8(x, q, torch.full((n,), 127.0), None, 1000.0))
+            # of integers that fp32 holds, and sums of some blocks of columns of them
+            unit = UNIT[dtype] + 2.0**-22
+            assert bool(((outs[-1].double() - exact).abs() <= unit * exact.abs()).all())
+        assert torch.equal(outs[0], outs[1])
+        assert torch.equal(outs[0], outs[2])
+    finally:
+        torch.set_num_threads(before)
+    q, absmax, w = _weight((n, k))
+    x, bias = torch.randn(rows, k).clamp(-5, 5).to(dtype), torch.randn(n)
+    x[rows // 2, k // 2] = 30.0
+    _check(cpu_backend.linear_int8(x, q, absmax, bias, 6.0), _seen(x, 6.0), w.t(), dtype, bias)
+
+
 def test_shapes_strides_and_threads(level):
     q, absmax, w = _weight((200, 700))
     x = torch.randn(3, 700, 7).transpose(1, 2)  # rows that do not lie together

@@ -13,7 +13,10 @@ void gather_words(const Weight4Bit& w, int64_t n, int64_t k, int64_t count, uint
     int64_t i = 0;
     for (; TRANSPOSES && rows == LANES && i + CHUNK <= count; i += CHUNK) {
         Ints v[LANES];
-        UNROLL for (int r = 0; r < LANES; r++) v[r] = load_ints(from + r * row_bytes + i / 2);
+        UNROLL for (int r = 0; r < LANES; r++) {
+            __builtin_prefetch(from + r * row_bytes + i / 2 + MOST_DEPTH / 2, 0, 2);  // of the next panel
+            v[r] = load_ints(from + r * row_bytes + i / 2);
+        }
         transpose(v);
         UNROLL for (int r = 0; r < LANES; r++) store_ints(words + (i / 8 + r) * LANES, v[r]);
     }

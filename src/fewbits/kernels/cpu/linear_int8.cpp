@@ -2,7 +2,8 @@
 //
 // There are three ways. All of them multiply some rows of x by 4 rows of q at a time:
 //   few rows       q is made fp32 in registers: what takes the time is reading it
-//   LLM.int8()     rows of x in one 8-bit digit or two, sums of integers; columns with outliers are added in fp32
+//   LLM.int8()     rows of x in one 8-bit digit or two, sums of integers; columns with outliers are added in fp32. With
+//                  many rows of x, 64 rows of q are put in an order first in which nothing is added up across lanes
 //   fp32           a block of q is made fp32 first: without a threshold, or with outliers in very many columns
 // Sums over a block of columns are added up in fp32, scaled, and rounded once.
 #include "decode_int8.h"
@@ -22,6 +23,7 @@ constexpr int64_t PANEL = 64;             // rows of q that a task takes, at mos
 constexpr int64_t PANEL_BYTES = 1 << 18;  // and their bytes: they stay in the second-level cache
 constexpr int64_t ROW_BLOCK = 512;        // rows of x that are prepared at a time, at most
 constexpr int64_t X_BYTES = 12 << 10;     // of rows of x that are multiplied at a time: they stay in the first cache
+constexpr int64_t CODE_BYTES = LANES == 16 ? 24 << 10 : X_BYTES;  // in 8 bits, where adding up is a share of the time
 constexpr int64_t PADDING = 64;           // rows of x are filled up to multiples of it
 constexpr int64_t OUTLIERS = 8;           // with more than 1/8 of the columns, fp32 alone is faster
 constexpr int32_t NO_OFFSETS[PANEL] = {};
@@ -243,6 +245,114 @@ void add_products(const typename Kind::X* x, int64_t x_stride, const float* scal
     }
 }
 
+#if FEWBITS_AVX512
+// A block of q that is wanted next: comes into the second-level cache, some lines at a time.
+struct Coming {
+    const int8_t* at;
+    int64_t stride, rows, lines, line;  // lines of a row
+
+    void fetch(int64_t count) {
+        for (; count > 0 && rows > 0; count--) {
+            __builtin_prefetch(at + 64 * line, 0, 2);
+            if (++line == lines) line = 0, at += stride, rows--;
+        }
+    }
+};
+
+// 16 x 16 words of 4 bytes, transposed
+INLINE void transpose(__m512i (&v)[16]) {
+    __m512i t[16];
+    UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        UNROLL for (int j = 0; j < 2; j++) {
+            v[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + j + 2]);
+            v[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + j + 2]);
+        }
+    }
+    UNROLL for (int i = 0; i < 4; i++) {  // word i of each 4, of rows 0 to 7 and 8 to 15
+        t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+// Of each 4 columns of q the bytes of all PANEL rows: packed [columns / 4, PANEL, 4], zeros past the last column and
+// any numbers past the last row.
+void pack(const int8_t* q, int64_t q_stride, int64_t rows, int64_t columns, int8_t* packed) {
+    for (int64_t at = 0; at < columns; at += 64) {
+        const __mmask64 there = columns - at < 64 ? ~0ull >> (64 - (columns - at)) : ~0ull;
+        for (int64_t first = 0; first < PANEL; first += 16) {
+            __m512i words[16];
+            UNROLL for (int i = 0; i < 16; i++)
+                words[i] = _mm512_maskz_loadu_epi8(there, q + least(first + i, rows - 1) * q_stride + at);
+            transpose(words);
+            UNROLL for (int i = 0; i < 16; i++)
+                _mm512_storeu_si512(packed + (at / 4 + i) * PANEL * 4 + first * 4, words[i]);
+        }
+    }
+}
+
+// sums [ROWS, PANEL] += (x [ROWS, columns] q [PANEL, columns]^T - offsets) * scale: as dots, with four bytes of a row
+// of x in all lanes, whose sums are of a row of q each and need not be added up.
+template <int ROWS>
+void packed_dots(const uint8_t* x, int64_t x_stride, const int8_t* packed, int64_t columns, const int32_t* offsets,
+                 const float* scale, float* sums, Coming& coming, int64_t burst) {
+    static_assert(PANEL == 64);
+    __m512i acc[ROWS][4];
+    UNROLL for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int c = 0; c < 4; c++) acc[r][c] = _mm512_setzero_si512();
+    }
+    const uint8_t* upper = x + 3 * x_stride;
+    for (int64_t at = 0; at < columns; at += 64) {
+        coming.fetch(burst);
+        for (int64_t i = at; i < at + 64; i += 4, packed += PANEL * 4) {
+            __m512i w[4];
+            UNROLL for (int c = 0; c < 4; c++) {
+                w[c] = _mm512_loadu_si512(packed + c * 64);
+                KEEP(w[c]);
+            }
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                memcpy(&four, (r < 3 ? x : upper) + r % 3 * x_stride + i, 4);
+                __m512i v = _mm512_set1_epi32(four);
+                KEEP(v);
+                UNROLL for (int c = 0; c < 4; c++) Integers::add(acc[r][c], v, w[c]);
+            }
+        }
+    }
+    UNROLL for (int c = 0; c < 4; c++) {
+        const __m512i less = _mm512_loadu_si512(offsets + c * 16);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            float* to = sums + r * PANEL + c * 16;
+            store(to, load(to) + _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][c], less)) * splat(scale[r]));
+        }
+    }
+}
+
+// sums [rows, PANEL] += (x [rows, columns] q [PANEL, columns]^T - offsets) * scale
+void add_packed(const uint8_t* x, int64_t x_stride, const float* scale, int64_t rows, const int8_t* packed,
+                int64_t columns, const int32_t* offsets, float* sums, Coming& coming, int64_t burst) {
+    const int64_t tiles = ceil_div(rows, Integers::ROWS);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t first = rows * tile / tiles, count = rows * (tile + 1) / tiles - first;
+        const auto function = count == 6 ? packed_dots<6> : count == 5 ? packed_dots<5> : count == 4 ? packed_dots<4> :
+                              count == 3 ? packed_dots<3> : count == 2 ? packed_dots<2> : packed_dots<1>;
+        function(x + first * x_stride, x_stride, packed, columns, offsets, scale + first, sums + first * PANEL, coming,
+                 burst);
+    }
+}
+#endif
+
 constexpr int64_t WIDTH = 4 * LANES;  // columns of an outer product
 constexpr int OUTER_ROWS = LANES == 16 ? 6 : LANES == 8 ? 3 : 2;
 
@@ -326,20 +436,24 @@ constexpr float SMALLEST = 4.3e-37f;  // scale of a row: 127 divided by it is fi
 // The largest |x| below the threshold; marks columns with others. Bits of |x| are in the order of its values, NaN last.
 float find_outliers(const float* x, int64_t k, float threshold, uint8_t* marks) {
     const int32_t limit = static_cast<int32_t>(to_bits(threshold)), infinity = 0x7f800000;
-    int32_t largest = 0, any = 0;
-    for (int64_t i = 0; i < k; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        const int32_t outlier = -static_cast<int32_t>((bits >= limit) & (bits <= infinity));
-        any |= outlier;
-        bits &= ~outlier;
-        largest = bits > largest ? bits : largest;
+    int32_t largest = 0;
+    for (int64_t first = 0; first < k; first += 128) {  // few of these have any
+        const int64_t end = least(first + 128, k);
+        int32_t any = 0;
+        for (int64_t i = first; i < end; i++) {
+            int32_t bits;
+            memcpy(&bits, x + i, 4);
+            bits &= 0x7fffffff;
+            const int32_t outlier = -static_cast<int32_t>((bits >= limit) & (bits <= infinity));
+            any |= outlier;
+            bits &= ~outlier;
+            largest = bits > largest ? bits : largest;
+        }
+        if (any)
+            for (int64_t i = first; i < end; i++)
+                if (x[i] >= threshold || x[i] <= -threshold)
+                    __atomic_store_n(marks + i, 1, __ATOMIC_RELAXED);  // other threads may at the same time
     }
-    if (any)
-        for (int64_t i = 0; i < k; i++)
-            if (x[i] >= threshold || x[i] <= -threshold)
-                __atomic_store_n(marks + i, 1, __ATOMIC_RELAXED);  // other threads may at the same time
     const float absmax = from_bits(static_cast<uint32_t>(largest));
     return absmax < SMALLEST ? SMALLEST : absmax;
 }
@@ -377,8 +491,8 @@ int64_t row_stride(int64_t k, int64_t bytes) {
 }
 
 // Columns that are multiplied at a time, of rows of x that have so many bytes for each.
-int64_t column_block(int64_t k, int64_t row_bytes) {
-    const int64_t blocks = ceil_div(k, most(X_BYTES / row_bytes, PADDING));
+int64_t column_block(int64_t k, int64_t row_bytes, int64_t bytes) {
+    const int64_t blocks = ceil_div(k, most(bytes / row_bytes, PADDING));
     return most(round_up(ceil_div(k, most(blocks, 1)), PADDING), PADDING);
 }
 
@@ -387,7 +501,9 @@ void finish(const LinearInt8& a, float* sums, int64_t row, int64_t rows, int64_t
     float scale[PANEL], bias[PANEL] = {};
     for (int64_t i = 0; i < count; i++) scale[i] = a.w.absmax[first + i] * (1.0f / 127);
     if (a.bias != nullptr) widen(a.bias_dtype, a.bias, first, count, bias);
+    const int64_t item = a.dtype == FLOAT32 ? 4 : 2;
     for (int64_t m = 0; m < rows; m++) {
+        fetch_rows_ahead(a.out, row + m, row + rows - 1, a.w.n * item, first * item, count * item);
         float* of_row = sums + m * PANEL;
         for (int64_t i = 0; i < count; i++) of_row[i] = of_row[i] * scale[i] + bias[i];
         narrow(a.dtype, of_row, count, a.out, (row + m) * a.w.n + first);
@@ -416,7 +532,7 @@ void linear_fp32(const LinearInt8& a, int64_t row, int64_t rows) {
             const Ahead ahead = {reinterpret_cast<const char*>(q) + 2 * GROUP * k, count * k / 64};
             add_products<InRegisters>(x, stride, scale, rows, q, k, count, k, NO_OFFSETS, sums, ahead);
         } else {
-            const int64_t block = column_block(k, Fp32::ROWS * sizeof(float));
+            const int64_t block = column_block(k, Fp32::ROWS * sizeof(float), X_BYTES);
             const int64_t wide_stride = row_stride(block, sizeof(float));
             float* wide = static_cast<float*>(scratch(1, count * wide_stride * sizeof(float)));
             for (int64_t at = 0; at < k; at += block) {
@@ -457,7 +573,13 @@ void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float
         }
     });
 
-    const int64_t panel = panel_rows(a.w, a.threads), block = column_block(k, Integers::ROWS * sizeof(Code));
+    const int64_t block = column_block(k, Integers::ROWS * sizeof(Code), CODE_BYTES);
+#if FEWBITS_AVX512
+    const bool packed = all >= (k > block ? 32 : 96) && n >= 2 * PANEL * a.threads;  // measured on a Zen 4
+    const int64_t panel = packed ? PANEL : panel_rows(a.w, a.threads);
+#else
+    const int64_t panel = panel_rows(a.w, a.threads);
+#endif
     parallel_for(a.threads, ceil_div(n, panel), [&](int64_t index) {
         const int64_t first = index * panel, count = least(panel, n - first), next = first + panel * a.threads;
         float* sums = static_cast<float*>(scratch(0, (rows + 1) * PANEL * sizeof(float)));
@@ -471,6 +593,20 @@ void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float
             const int64_t columns = least(block, k - at);
 #if FEWBITS_AVX512
             row_offsets(q + at, k, count, columns, offsets);
+#endif
+#if FEWBITS_AVX512
+            if (packed) {  // the same bits: integers are exact, and added up in the same order
+                int8_t* of_panel = static_cast<int8_t*>(scratch(2, PANEL * round_up(block, 64)));
+                pack(q + at, k, count, columns, of_panel);
+                const int64_t later = at + block < k ? at + block : 0, rows_later = later ? count : least(panel, n - next);
+                Coming coming = {later ? q + later : a.w.q + next * k, k, rows_later, ceil_div(least(block, k - later), 64), 0};
+                const int64_t steps = ceil_div(all, Integers::ROWS) * ceil_div(columns, 64);
+                const int64_t burst = ceil_div(most(coming.rows, 0) * coming.lines, steps);
+                for (int64_t digit = 0; digit < a.digits; digit++)
+                    add_packed(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, of_panel, columns,
+                               offsets, sums, coming, burst);
+                continue;
+            }
 #endif
             for (int64_t digit = 0; digit < a.digits; digit++, part++)
                 add_products<Integers>(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, q + at,

@@ -139,8 +139,10 @@ static void store_rows(const Product& p, int64_t first, int64_t rows, int64_t co
     const int64_t count = least(width, columns - column);
     float bias[PANEL_WIDTH] = {};
     if (p.bias != nullptr) to_floats(p.bias_dtype, p.bias, column, count, bias);
+    const int64_t item = p.dtype == FLOAT32 ? 4 : 2;
     for (int64_t m = 0; m < rows; m++) {
         const int64_t at = (first + m) * columns + column;
+        fetch_rows_ahead(p.out, first + m, first + rows - 1, columns * item, column * item, count * item);
         const float* from = sums + m * width;
         int64_t i = 0;
         for (; i + LANES <= count; i += LANES) {

@@ -60,6 +60,13 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Some bytes of the row of the output that is written eight rows later, `last` at most: rows lie pages apart, which no
+// hardware foresees.
+INLINE void fetch_rows_ahead(void* out, int64_t row, int64_t last, int64_t row_bytes, int64_t begin, int64_t bytes) {
+    const char* at = static_cast<const char*>(out) + least(row + 8, last) * row_bytes + begin;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 1);
+}
+
 // ------------------------------------------------------------------------------------------- one number
 
 INLINE float from_bits(uint32_t bits) {
