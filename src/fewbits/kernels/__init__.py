@@ -200,7 +200,8 @@ def call(op: str, x: Tensor, *args: Any) -> Any:
 
     Only where nothing would miss it; see :func:`undisturbed` and :func:`unrecorded`.
     """
-    implementations, device_type = _implementations(op, x.device.type, _forced), x.device.type
+    device_type = x.device.type
+    implementations = _implementations(op, device_type, _forced)
     if not torch.is_autocast_enabled(device_type):
         return _run(implementations, x, *args)
     torch.set_autocast_enabled(device_type, False)  # as in _dispatcher; a context manager takes ten times as long

@@ -135,7 +135,7 @@ def _run(name: str, arguments: str, *values: Any) -> bool:
 
 def _rows(x: Tensor, k: int) -> Tensor:
     """x [..., k] as rows, each of which lies together."""
-    x_MK = x.reshape(-1, k)
+    x_MK = x if x.dim() == 2 else x.reshape(-1, k)
     return x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
 
 
@@ -203,7 +203,7 @@ def _product_4bit(
             return NotImplemented
         bias = bias.contiguous()
         bias_pointer, bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
-    x_MK, out = _rows(x, x.shape[-1]), torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=_CPU)
+    x_MK, out = _rows(x, x.shape[-1]), x.new_empty((*x.shape[:-1], width))
     product = x_MK.data_ptr(), x_MK.stride(0), x_MK.shape[0], dtype, bias_pointer, bias_dtype, out.data_ptr()
     return out if _run(op, f"{_WEIGHT_4BIT}P3qPqPq", *weight[0], *product) else NotImplemented
 
@@ -370,7 +370,7 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
         bias = bias.contiguous()
         bias_pointer, bias_dtype = bias.data_ptr(), _DTYPES[bias.dtype]
     x_MK = _rows(x, q.shape[1])
-    out = torch.empty((*x.shape[:-1], q.shape[0]), dtype=x.dtype, device=_CPU)
+    out = x.new_empty((*x.shape[:-1], q.shape[0]))
     # one has fewer bits than fp32 inputs are there for; with few rows the second is free, while the weight is read
     digits = 2 if x.dtype is torch.float32 or x_MK.shape[0] <= _TWO_DIGITS_ROWS else 1
     done = _run(
@@ -385,7 +385,7 @@ def linear_int8_t(g: Tensor, q: Tensor, absmax: Tensor) -> Any:
     if dtype is None or weight is None or q.dim() != 2 or not g.numel() or g.shape[-1] != q.shape[0]:
         return NotImplemented
     g_MN = _rows(g, q.shape[0])
-    out = torch.empty((*g.shape[:-1], q.shape[1]), dtype=g.dtype, device=_CPU)
+    out = g.new_empty((*g.shape[:-1], q.shape[1]))
     done = _run(
         "linear_int8_t", f"{_WEIGHT_INT8}P3qPqPd2q", *weight[0], g_MN.data_ptr(), g_MN.stride(0), g_MN.shape[0], dtype,
         0, 0, out.data_ptr(), 0.0, 0,
