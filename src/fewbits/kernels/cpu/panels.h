@@ -22,8 +22,8 @@ constexpr int TILE_ROWS = 10, TILE_VECTORS = 2;
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 #endif
 constexpr int64_t TILE_WIDTH = TILE_VECTORS * LANES;
-constexpr int64_t MOST_DEPTH = 512;   // of a panel, in columns of x
-constexpr int64_t PANEL_WIDTH = 128;
+constexpr int64_t MOST_DEPTH = LANES == 16 ? 1024 : 512;  // of a panel, in columns of x (measured on a Zen 4)
+constexpr int64_t PANEL_WIDTH = LANES == 16 ? 64 : 128;
 constexpr int64_t PANEL_ROWS = 1024;  // of x that share a decoded panel
 
 struct Product {
