@@ -259,45 +259,18 @@ struct Coming {
     }
 };
 
-// 16 x 16 words of 4 bytes, transposed
-INLINE void transpose(__m512i (&v)[16]) {
-    __m512i t[16];
-    UNROLL for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        UNROLL for (int j = 0; j < 2; j++) {
-            v[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + j + 2]);
-            v[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + j + 2]);
-        }
-    }
-    UNROLL for (int i = 0; i < 4; i++) {  // word i of each 4, of rows 0 to 7 and 8 to 15
-        t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
-
 // Of each 4 columns of q the bytes of all PANEL rows: packed [columns / 4, PANEL, 4], zeros past the last column and
 // any numbers past the last row.
 void pack(const int8_t* q, int64_t q_stride, int64_t rows, int64_t columns, int8_t* packed) {
     for (int64_t at = 0; at < columns; at += 64) {
         const __mmask64 there = columns - at < 64 ? ~0ull >> (64 - (columns - at)) : ~0ull;
-        for (int64_t first = 0; first < PANEL; first += 16) {
-            __m512i words[16];
-            UNROLL for (int i = 0; i < 16; i++)
-                words[i] = _mm512_maskz_loadu_epi8(there, q + least(first + i, rows - 1) * q_stride + at);
+        for (int64_t first = 0; first < PANEL; first += LANES) {
+            Ints words[LANES];
+            UNROLL for (int i = 0; i < LANES; i++)
+                words[i] = (Ints)_mm512_maskz_loadu_epi8(there, q + least(first + i, rows - 1) * q_stride + at);
             transpose(words);
-            UNROLL for (int i = 0; i < 16; i++)
-                _mm512_storeu_si512(packed + (at / 4 + i) * PANEL * 4 + first * 4, words[i]);
+            UNROLL for (int i = 0; i < LANES; i++)
+                store_ints(packed + (at / 4 + i) * PANEL * 4 + first * 4, words[i]);
         }
     }
 }
@@ -598,13 +571,15 @@ void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float
             if (packed) {  // the same bits: integers are exact, and added up in the same order
                 int8_t* of_panel = static_cast<int8_t*>(scratch(2, PANEL * round_up(block, 64)));
                 pack(q + at, k, count, columns, of_panel);
-                const int64_t later = at + block < k ? at + block : 0, rows_later = later ? count : least(panel, n - next);
-                Coming coming = {later ? q + later : a.w.q + next * k, k, rows_later, ceil_div(least(block, k - later), 64), 0};
+                const int64_t later = at + block < k ? at + block : 0;  // of this panel, or the next one's first
+                const int64_t rows_later = later ? count : most(least(panel, n - next), 0);
+                const int64_t lines = ceil_div(least(block, k - later), 64);
+                Coming coming = {later ? q + later : a.w.q + next * k, k, rows_later, lines, 0};
                 const int64_t steps = ceil_div(all, Integers::ROWS) * ceil_div(columns, 64);
-                const int64_t burst = ceil_div(most(coming.rows, 0) * coming.lines, steps);
+                const int64_t burst = ceil_div(rows_later * lines, steps);
                 for (int64_t digit = 0; digit < a.digits; digit++)
-                    add_packed(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, of_panel, columns,
-                               offsets, sums, coming, burst);
+                    add_packed(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, of_panel,
+                               columns, offsets, sums, coming, burst);
                 continue;
             }
 #endif
