@@ -9,7 +9,9 @@
 // them by the scale in fp32 and rounds the products to x's dtype, as dequantizing does; in registers they are the first
 // operand of the matrix units (wgmma), x in shared memory is the second. While these multiply the columns of one slot,
 // the warp decodes those of the next. What limits this is how long that takes a warp, since the matrix units take half
-// of shared memory's bandwidth: so it asks for codes and values a step before it wants them.
+// of shared memory's bandwidth: so it asks for values a step before it wants them, and where there are registers for
+// codes too (AHEAD). The loop's slots must be the same for all lanes as the compiler sees it: then they, and what
+// describes x to the matrix units, lie in registers of a warp. A condition by warp anywhere around the loop ends that.
 //
 // 8 bits: x is there in 8 bits as well, with a scale for each row (quantize_rows.cu), and sums are of integers. In
 // columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype. Where more than
