@@ -16,8 +16,8 @@ constexpr int ROWS = FEWBITS_AVX2 ? 2 : 4;      // of the weight at a time, as r
 constexpr int64_t FEW = FEWBITS_BF16 ? 32 : FEWBITS_AVX2 ? 8 : 4;  // rows of x: with more, panels are faster
 constexpr int64_t AHEAD = 4096;                 // bytes: how far ahead of where they are needed codes are fetched
 
-// Into the second-level cache: the first has room for few lines that are on their way (measured on a Zen 4). Those of the
-// next few chunks go on from there to the first one, but for AVX2, which waits for its own instructions anyway.
+// Into the second-level cache: the first has room for few lines that are on their way (measured on a Zen 4). Those of
+// the next few chunks go on from there to the first one, but for AVX2, which waits for its own instructions anyway.
 INLINE void fetch(const uint8_t* codes) { __builtin_prefetch(codes, 0, 2); }
 
 // How a chunk is multiplied by as much of x: in STEPS steps, for each of which x has a word a lane.
