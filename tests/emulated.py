@@ -106,9 +106,10 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Emulated")
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path_factory.mktemp("cache")))  # nothing is tuned there
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # as tensors on the CPU say
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)  # as tensors on the CPU say
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     caches = (
+        cuda_backend._few,
         cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant, cuda_plans.skinny, cuda_plans.skinny_variant,
         cuda_plans.wide, cuda_plans.wide_variant, cuda_plans.dequantizer, cuda_shapes.quickest, cuda_plans.values,
         ways._steps, ways._tuned,

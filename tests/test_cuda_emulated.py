@@ -296,6 +296,71 @@ def test_rows_of_x_in_8_bits(cuda, tile, rows, n, k, dtype, columns, monkeypatch
     assert torch.equal(again[:5], out[:5])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("k", [16, 4112, 70_016])  # of the last a thread takes more than 32 times eight
+def test_rows_are_quantized_to_the_last_bit(cuda, k, dtype):
+    rows, threshold = 3, 6.0
+    x = torch.randn(rows, k, dtype=dtype) * torch.tensor([[1.0], [3.0], [1e-3]], dtype=dtype)
+    x[0, ::16] = torch.tensor([2.5, -7.5, 6.0, -6.0], dtype=dtype).repeat(k)[
+        : k // 16
+    ]  # ties, and the threshold itself
+    x[1, k - 1], x[2, 3] = torch.inf, torch.nan
+    codes, scales = torch.empty(rows, k, dtype=torch.int8), torch.empty(rows)
+    outliers, found = torch.empty(1 + k, dtype=torch.int32), torch.zeros(1 + -(-k // 32), dtype=torch.int32)
+    kernel = cuda_plans.made("quantize_rows.cu", (("BF16", int(dtype is BF16)),), -1, "5Pq2if", 256, -(-k // 32) * 4)
+    pointers = (t.data_ptr() for t in (x, codes, scales, outliers, found))
+    cuda._launch(kernel, -1, 2, 1, (*pointers, k, rows, k, threshold))
+    value = x.float()
+    outlying = value.abs() >= threshold
+    absmax = value.masked_fill(outlying, 0).abs().amax(1)
+    assert torch.equal(scales[:2], (absmax * torch.tensor(1 / 127))[:2])
+    assert scales[2].isnan()
+    expected = (value * (127 / absmax)[:, None]).round().masked_fill(outlying, 0)
+    assert torch.equal(codes[:2].float(), expected[:2])
+    columns = outlying.any(0).nonzero().flatten()
+    assert outliers[0] == len(columns)
+    assert torch.equal(outliers[1 : 1 + len(columns)].long(), columns)
+    assert not found.any()
+
+
+def elsewhere(tensor):
+    """A copy that begins one element after a multiple of 16 bytes."""
+    room = torch.empty(tensor.numel() + 32, dtype=tensor.dtype)
+    first = next(i for i in range(32) if room[i:].data_ptr() % 16 == tensor.element_size())
+    return room[first : first + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("nf4", 64), QuantSpec("int8")], ids=str)
+def test_tensors_that_lie_otherwise(cuda, spec):
+    """Few rows go the short way only where every tensor lies as the kernel reads it."""
+    n, k = 33, 192
+    q, x, bias = quantized(spec, n, k), torch.randn(2, 1, k, dtype=BF16), torch.randn(n, dtype=BF16)
+    out = product(cuda, x, q, bias)
+    check(out.view(2, n), x.view(2, k), q, bias)
+    every_second = torch.empty(n, 2, dtype=BF16).copy_(bias[:, None].expand(n, 2))[:, 0]
+    for other_x in (x.expand(2, 3, k)[:, 1:2], torch.stack([x, x], 3)[..., 0], elsewhere(x)):
+        assert torch.equal(product(cuda, other_x, q, bias), out)
+    assert torch.equal(product(cuda, x, q, every_second), out)
+    assert torch.equal(product(cuda, x, q, elsewhere(bias)), out)
+    q.absmax = elsewhere(q.absmax)
+    assert torch.equal(product(cuda, x, q, bias), out)
+    assert Kernel.launched == {"decode.cu"}
+    q.packed = elsewhere(q.packed)  # another backend's
+    assert product(cuda, x, q, bias) is NotImplemented
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+def test_another_way_is_gone_at_once(cuda, spec):
+    """What was found for a shape of x holds for as long as the table of ways does."""
+    q, x = quantized(spec, 33, 192), torch.randn(2, 192, dtype=BF16)
+    for way, file in (("decode", "decode.cu"), ("wide", "wide.cu"), ("decode", "decode.cu")):
+        Kernel.launched.clear()
+        with use_way(way):
+            check(product(cuda, x, q), x, q, None)
+        assert file in Kernel.launched
+        assert ("decode.cu" in Kernel.launched) == (way == "decode")
+
+
 # ------------------------------------------------------------------------------------------------- more rows
 
 
@@ -435,6 +500,12 @@ MUTATIONS = {
         "hopper.cuh", "  }\n  arrive_in_cluster();\n  wait_for_cluster();\n", "  }\n",
     ),
     "scales are read before they are there": ("skinny_4bit.cu", "value[3]);\n    __syncwarp();", "value[3]);"),
+    "outliers are read before they are gathered": (
+        "wide.cu", "int t) {\n    gathered->wait(parts_taken & 1);\n    __syncwarp();\n", "int t) {\n",
+    ),
+    "outliers are gathered over those that are still read": (
+        "wide.cu", "        if (fill > 0) taken->wait(fill & 1 ^ 1);\n", "",
+    ),
 }  # fmt: skip
 
 
@@ -473,7 +544,12 @@ def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
         n = 30
         monkeypatch.setattr(cuda_shapes, "decode_shape", lambda *_: cuda_shapes.DecodeShape(2, 2))
     monkeypatch.setattr(cuda_shapes, "skinny_shape", lambda *_: cuda_shapes.SkinnyShape(2, split))
+    if "outliers" in mutation:
+        spec, (rows, n, k) = QuantSpec("int8"), (70, 300, 144)
+        monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(64, 2, 1))
     q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
+    if "outliers" in mutation:
+        x[:, 5:8] *= 50
     for _ in range(10):
         try:
             with use_way(way):

@@ -268,7 +268,8 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
         ShapeError: ``x``'s last dimension is not K.
     """
     spec, shape = weight.spec, weight.stored_shape
-    _check_width(x, shape[1], weight)
+    if not x.dim() or x.shape[-1] != shape[1]:
+        raise _wrong_width(x, shape[1], weight)
     if torch.is_autocast_enabled(x.device.type) and spec.compute_dtype is None:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out: Tensor
@@ -288,24 +289,24 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
         bias,
         spec.format,
         spec.block_size,
-        list(shape),
+        shape,
     )
     return out if out.dtype is dtype else out.to(dtype)
 
 
-def _check_width(x: Tensor, columns: int, weight: QuantTensor) -> None:
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ShapeError(
-            f"an input of shape {list(x.shape)} meets a weight of shape {list(weight.shape)}",
-            parameter=weight.label,
-            expected=f"an input whose last dimension is {columns}",
-        )
+def _wrong_width(x: Tensor, columns: int, weight: QuantTensor) -> ShapeError:
+    return ShapeError(
+        f"an input of shape {list(x.shape)} meets a weight of shape {list(weight.shape)}",
+        parameter=weight.label,
+        expected=f"an input whose last dimension is {columns}",
+    )
 
 
 def linear_t(g: Tensor, weight: QuantTensor) -> Tensor:
     """``g @ weight`` for a weight stored as [N, K]: [..., N] to [..., K]."""
-    spec = weight.spec
-    _check_width(g, weight.stored_shape[0], weight)
+    spec, rows = weight.spec, weight.stored_shape[0]
+    if not g.dim() or g.shape[-1] != rows:
+        raise _wrong_width(g, rows, weight)
     if spec.format == "int8":
         out: Tensor = product("linear_int8_t", g, weight.packed, weight.absmax)
         return out

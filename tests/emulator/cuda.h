@@ -68,6 +68,7 @@ inline float __int2float_rn(int a) { return (float)a; }
 inline int __float2int_rn(float a) {  // half to even; the nearest there is, and 0 of NaN
   return a != a ? 0 : (int)std::nearbyint(min(max((double)a, -0x1p31), 0x1p31 - 1));
 }
+inline u32 __vmaxu2(u32 a, u32 b) { return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16; }
 inline int __popc(u32 bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 

@@ -13,6 +13,8 @@ then the weight alone is again. The same inputs give the same bits every time.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +23,11 @@ from torch import Tensor
 import fewbits.kernels.cuda_plans as plans
 import fewbits.kernels.cuda_shapes as shapes
 import fewbits.kernels.nvrtc as nvrtc
+import fewbits.kernels.ways as ways
 from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.nvrtc import CudaError, Kernel
 from fewbits.kernels.pieces import many_rows, many_rows_t
 from fewbits.kernels.reference import NESTED_BLOCK
-from fewbits.kernels.ways import ways
 
 DEVICE_TYPES = ("cuda",)
 
@@ -197,8 +199,91 @@ def _served(x: Tensor, columns: int, packed: Tensor, bias: Tensor | None, n: int
         and packed.get_device() == x.get_device()
         and packed.is_contiguous()
         and packed.data_ptr() % 16 == 0
-        and (bias is None or ((bias.dtype is x.dtype or bias.dtype is torch.float32) and bias.shape == (n,)))
+        and (bias is None or _is_bias(bias, x, n))
     )
+
+
+def _is_bias(bias: Tensor, x: Tensor, n: int) -> bool:
+    return (bias.dtype is x.dtype or bias.dtype is torch.float32) and bias.shape == (n,)
+
+
+class _Few(NamedTuple):
+    """A product with few rows of x as far as shapes, dtypes and the GPU decide it: one launch of decode.cu."""
+
+    kernel: Kernel
+    blocks: int
+    codes_of_scales: int  # pointers to tables, which stay where they are
+    pairs: int
+    rows: int
+    out_shape: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _few(
+    x_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    format: str,
+    block_size: int,
+    nested: bool,
+    n: int,
+    k: int,
+    generation: int,  # of the table of ways
+) -> _Few | None:
+    """How x is multiplied, where the table of ways says decode.cu for its rows and one launch does it.
+
+    With few rows a call takes the host longer than the GPU, so what is the same for every call, and for every layer of
+    a shape, is found once.
+    """
+    rows, index = math.prod(x_shape) // k if k else 0, -1 if device.index is None else device.index
+    kind, bits = ("int8", 8) if format == "int8" else ("4-bit", 4)
+    if dtype not in _DTYPES or x_shape[-1] != k or not (n and 0 < rows <= shapes.FEW_ROWS):
+        return None
+    if k * dtype.itemsize % 16 or ways.ways(kind, n, k, rows, index, shapes.quickest)[0] != "decode":
+        return None
+    found = plans.decode(n, k, rows, dtype is torch.bfloat16, bits, block_size, nested, index)
+    if found is None:
+        return None
+    codes_of_scales = codebook("dynamic", device).data_ptr() if nested else 0
+    pairs = 0 if bits == 8 else plans.pairs(format, dtype, device).data_ptr()
+    return _Few(*found, codes_of_scales, pairs, rows, (*x_shape[:-1], n))
+
+
+def _run_few(
+    few: _Few,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+) -> Any:
+    """The product; ``NotImplemented`` where a tensor does not lie as the kernel reads it."""
+    index, n = x.get_device(), few.out_shape[-1]
+    x_at, packed_at, absmax_at = x.data_ptr(), packed.data_ptr(), absmax.data_ptr()
+    if (
+        (x_at | packed_at | absmax_at) & 15
+        or packed.get_device() != index
+        or not (x.is_contiguous() and packed.is_contiguous() and absmax.is_contiguous())
+    ):
+        return NotImplemented
+    nested_at = offset_at = bias_at = bias_bytes = 0
+    if nested_absmax is not None and nested_offset is not None:
+        if not nested_absmax.is_contiguous():
+            return NotImplemented
+        nested_at, offset_at = nested_absmax.data_ptr(), nested_offset.data_ptr()
+    if bias is not None:
+        if not (_is_bias(bias, x, n) and bias.is_contiguous()):
+            return NotImplemented
+        bias_at, bias_bytes = bias.data_ptr(), bias.element_size()
+    out = x.new_empty(few.out_shape)
+    arguments = (
+        packed_at, absmax_at, nested_at, offset_at, few.codes_of_scales, few.pairs, x_at, bias_at, out.data_ptr(),
+        k, few.rows, n, k, bias_bytes,
+    )  # fmt: skip
+    _launch(few.kernel, index, few.blocks, 1, arguments)
+    return out
 
 
 class _Product(NamedTuple):
@@ -303,12 +388,18 @@ def linear_4bit(
     shape: list[int],
 ) -> Any:
     n, k = shape
+    nested = nested_absmax is not None
+    few = _few(x.shape, x.dtype, x.device, format, block_size, nested, n, k, ways.generation)
+    if few is not None:
+        out = _run_few(few, x, packed, absmax, nested_absmax, nested_offset, bias, k)
+        if out is not NotImplemented:
+            return out
     rows = x.numel() // k if k else 0
     if not (n and rows and _served(x, k, packed, bias, n)):
         return NotImplemented
     scales = _scales(absmax, nested_absmax, nested_offset)
     product = _Product(x, packed, scales, bias, format, block_size, n, k, rows)
-    for way in ways("4-bit", n, k, rows, x.get_device(), shapes.quickest):
+    for way in ways.ways("4-bit", n, k, rows, x.get_device(), shapes.quickest):
         out = _WAYS_4BIT[way](product)
         if out is not NotImplemented:
             return out
@@ -343,12 +434,17 @@ def linear_int8(x: Tensor, q: Tensor, absmax: Tensor, bias: Tensor | None, thres
     So it does with a threshold of 0: without outliers apart x is not well quantized to 8 bits.
     """
     n, k = q.shape
+    few = _few(x.shape, x.dtype, x.device, "int8", 64, False, n, k, ways.generation)
+    if few is not None:
+        out = _run_few(few, x, q, absmax, None, None, bias, k)
+        if out is not NotImplemented:
+            return out
     rows = x.numel() // k if k else 0
     if not (n and rows and _served(x, k, q, bias, n)):
         return NotImplemented
     bf16, index = x.dtype is torch.bfloat16, x.get_device()
     absmax = _aligned(absmax)
-    for way in ways("int8", n, k, rows, index, shapes.quickest):
+    for way in ways.ways("int8", n, k, rows, index, shapes.quickest):
         wide = plans.wide(rows, n, k, bf16, 8, 64, False, index) if way == "wide" and threshold > 0 else None
         if wide is not None:
             return _linear_of_quantized(wide, x, q, absmax, bias, threshold)
@@ -462,7 +558,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _launch(kernel: Kernel, device: int, grid_x: int, grid_y: int, arguments: tuple[Any, ...]) -> None:
-    if device == torch.cuda.current_device():
+    if device == torch._C._cuda_getDevice():
         kernel(torch._C._cuda_getCurrentRawStream(device), grid_x, grid_y, *arguments)
         return
     with torch.cuda.device(device):

@@ -226,7 +226,7 @@ class Kernel:
         launch.grid_x, launch.grid_y, launch.stream = grid_x, grid_y, stream
         # Beginning before the kernel before has ended pays where launches follow each other closely: in a graph. There
         # no weight changes; outside, what wrote to one may not have ended.
-        launch.count = int(self._programmatic and torch.cuda.is_current_stream_capturing())
+        launch.count = self._programmatic and torch._C._cuda_isCurrentStreamCapturing()
         code = self._cu_launch(call.launch_pointer, self._function, call.arguments, None)
         if code == _NO_CONTEXT:  # a thread that has called nothing of CUDA yet
             _check(_driver().cuCtxSetCurrent(self._context), "the device's context")

@@ -40,6 +40,7 @@ TABLE: dict[tuple[int, int], dict[str, Steps]] = {(9, 0): _HOPPER}
 # rounds (measured on an H200, eleven shapes)
 _ANY_TILES, _FILLED = 1024, 0.86
 _forced: str | None = None
+generation = 0  # changes whenever the answers of ways may
 
 
 def ways(
@@ -83,12 +84,12 @@ def _processors(device: int) -> int:
 @contextlib.contextmanager
 def use_way(name: str) -> Iterator[None]:
     """Every product goes this way within a ``with`` block, or is left to the next backend."""
-    global _forced
-    before, _forced = _forced, name
+    global _forced, generation
+    before, _forced, generation = _forced, name, generation + 1
     try:
         yield
     finally:
-        _forced = before
+        _forced, generation = before, generation + 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,5 +166,7 @@ def keep(device: int, found: dict[tuple[str, int, int], Steps]) -> Path:
 
 def forget() -> None:
     """Read what is tuned again when it is next asked for."""
+    global generation
+    generation += 1
     _tuned.cache_clear()
     _steps.cache_clear()

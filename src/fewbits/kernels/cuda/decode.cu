@@ -333,16 +333,19 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   int slot = 0;
   u32 step = 0;  // chunks that the warp has taken, of all tiles
   Sums sums;
-  auto take = [&](int index, int i, Operands& operands) {
+  // last: the block's last chunk, where that is known; where it would have to be asked, that takes longer than it saves
+  auto take = [&](int index, int i, Operands& operands, bool last) {
 #if BITS == 4
     scaled.wait(step & 1);
-    // a warp may still be reading the scales of the step before, none those of two before
+    if (!last) {
+      // a warp may still be reading the scales of the step before, none those of two before
 #pragma unroll
-    for (int turn = 0; turn < SCALE_TURNS; turn++) {
-      write_scales(step + 1, raw[turn], turn);
-      raw[turn] = read_scales(index, i + 2, turn);
+      for (int turn = 0; turn < SCALE_TURNS; turn++) {
+        write_scales(step + 1, raw[turn], turn);
+        raw[turn] = read_scales(index, i + 2, turn);
+      }
+      scales_are_written();
     }
-    scales_are_written();
 #endif
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
@@ -411,7 +414,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     if (TILE_SLOTS % STAGES == 0) slot = 0;  // as it is: so the compiler knows
     if constexpr (X_STAYS) {
 #pragma unroll
-      for (int i = 0; i < CHUNKS; i++) take(index, i, x[i]);
+      for (int i = 0; i < CHUNKS; i++) take(index, i, x[i], SINGLE && i == CHUNKS - 1);
     } else if constexpr (X_AHEAD) {
       auto load_ahead = [&](Operands& to, int i) {  // past the last chunk: the next tile's first
         if (i < CHUNKS)
@@ -422,13 +425,13 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
 #pragma unroll 1
       for (int i = 0; i + 1 < CHUNKS; i += 2) {
         load_ahead(x[1], i + 1);
-        take(index, i, x[0]);
+        take(index, i, x[0], false);
         load_ahead(x[0], i + 2);
-        take(index, i + 1, x[1]);
+        take(index, i + 1, x[1], false);
       }
       if constexpr (CHUNKS % 2) {
         load_ahead(x[1], CHUNKS);
-        take(index, CHUNKS - 1, x[0]);
+        take(index, CHUNKS - 1, x[0], SINGLE);
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
 #pragma unroll
@@ -439,10 +442,10 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     } else {
 #pragma unroll 1
       for (int i = 0; i + 1 < CHUNKS; i += 2) {
-        take(index, i, x[0]);
-        take(index, i + 1, x[0]);
+        take(index, i, x[0], false);
+        take(index, i + 1, x[0], false);
       }
-      if constexpr (CHUNKS % 2) take(index, CHUNKS - 1, x[0]);
+      if constexpr (CHUNKS % 2) take(index, CHUNKS - 1, x[0], SINGLE);
     }
     if constexpr (SINGLE) break;
     lane_begin += tile_bytes;

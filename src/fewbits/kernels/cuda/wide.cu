@@ -14,8 +14,9 @@
 // describes x to the matrix units, lie in registers of a warp. A condition by warp anywhere around the loop ends that.
 //
 // 8 bits: x is there in 8 bits as well, with a scale for each row (quantize_rows.cu), and sums are of integers. In
-// columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype. Where more than
-// MOST_OUTLIERS columns have any, x is taken as it was instead, and the weight's codes are widened as 4 bits are decoded.
+// columns with outliers what x lost is multiplied by the weight's codes at the end, in x's own dtype: three warps gather
+// both while the tile's other columns are multiplied. Where more than MOST_OUTLIERS columns have any, x is taken as it was
+// instead, and the weight's codes are widened as 4 bits are decoded.
 //
 // The tiles stand in an order in which blocks that run at the same time share rows of x and of the weight in the
 // second-level cache. The last ones are shared by blocks (see all_added in hopper.cuh), so that none is idle. Or all tiles
@@ -63,18 +64,20 @@ struct Arguments {
 
 constexpr int CONSUMERS = 128 * WARPGROUPS, ROWS = 64 * WARPGROUPS, PRODUCERS = 128, THREADS = CONSUMERS + PRODUCERS;
 // registers of a thread; more than the block has would be waited for forever
-constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+constexpr int PRODUCER_REGISTERS = BITS == 8 ? 56 : WARPGROUPS == 2 ? 40 : 32;
+constexpr int CONSUMER_REGISTERS = BITS == 8 ? 224 : WARPGROUPS == 2 ? 232 : 160;
 constexpr int X_BYTES = TILE_M * 128;                       // of a slot: 128 bytes of each row
 constexpr int ROW_BYTES = BITS == 4 ? 32 : 128;             // of a row of the weight, in a slot
 constexpr int CODE_BYTES = ROWS * ROW_BYTES, SCALE_BYTES = BITS == 4 ? ROWS * 4 : 0;
 constexpr int SUMS = TILE_M / 2;                            // of a thread: 64 rows by TILE_M over 128 threads
 constexpr int TABLE_BYTES = BITS == 4 ? 65536 : 0;          // a Pair for each byte and lane, 256 bytes apart
 constexpr int DYNAMIC_BYTES = BITS == 4 ? 1024 : 0;
-constexpr int EXACT_BYTES = BITS == 8 ? X_BYTES : 0;        // columns of outliers of x
+constexpr int EXACT_BYTES = BITS == 8 ? X_BYTES : 0;        // columns of outliers: 128 bytes for each row of x
 constexpr int GROUP = 1024 / TILE_M;                        // tiles of x that blocks work on at a time
 constexpr bool AHEAD = TILE_M < 256 && WARPGROUPS == 2;     // there are registers for codes that are not wanted yet
 constexpr int SCALE_TURNS = (ROWS + PRODUCERS - 1) / PRODUCERS;
 constexpr int SHARE = TILE_M / SPLIT;                       // rows of x that a block of a cluster gives out
+constexpr int GATHERERS = PRODUCERS - 32;                   // 8 bits: all but the warp that asks for boxes
 
 // How a chunk of 128 columns is multiplied: at one go as integers, or in two halves with the weight as 16-bit numbers.
 struct Integers {
@@ -86,6 +89,12 @@ struct Decoded {
   static constexpr int SLOTS = 2;
 };
 typedef u32 Operand[4][4];  // of 64 columns of the weight
+
+// Columns of outliers: a row of x has its 16 numbers in the first two pieces of 16 bytes of a line, as second_operand says.
+// In the two after these are the weight's codes, of 16 columns of the rows `line` and, where there are as many,
+// `line` + TILE_M.
+DEVICE int piece_of_line(int line, int piece) { return line * 128 + ((piece ^ line) & 7) * 16; }
+DEVICE int codes_of_row(int row) { return piece_of_line(row % TILE_M, 2 + row / TILE_M); }
 
 #if BITS == 4
 
@@ -168,6 +177,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   struct Part {
     int tile, begin, end;  // chunks
   };
+  auto is_tile = [&](const Part& part) { return part.end - part.begin == chunks; };  // and not a part of one
   auto part_of = [&](int index) {
     if (index < whole) return Part{index * blocks + (int)blockIdx.x, 0, chunks};
     const int tile = begin / chunks + index - whole, start = tile * chunks;
@@ -192,8 +202,9 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   float* dynamic = slot_scales + STAGES * SCALE_BYTES / 4;
   Barrier* full = (Barrier*)((u8*)dynamic + DYNAMIC_BYTES);
   Barrier* free = full + STAGES;
-  u32* last_to_come = (u32*)(free + STAGES);
-  [[maybe_unused]] int* listed = (int*)(last_to_come + 1);
+  [[maybe_unused]] Barrier* gathered = free + STAGES;  // columns of outliers for a part
+  [[maybe_unused]] Barrier* taken = gathered + 1;
+  u32* last_to_come = (u32*)(taken + 1);
   const u32 ring_address = shared_address(ring);
   auto x_address = [&](int slot) { return ring_address + slot * (X_BYTES + CODE_BYTES); };
   int slot = 0;
@@ -210,6 +221,10 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
       full[s].init(1 + (BITS == 4 ? PRODUCERS / 32 : 0));
       free[s].init(CONSUMERS / 32);
     }
+  if (BITS == 8 && thread == 0) {
+    gathered->init(GATHERERS / 32);
+    taken->init(CONSUMERS / 32);
+  }
   if (thread == 0) show_matrix_units();  // and the copy engine: that there are barriers
 #if BITS == 4 && NESTED
   if (thread < 256) dynamic[thread] = a.dynamic[thread];
@@ -220,7 +235,58 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   if (thread >= CONSUMERS) {
     give_registers<PRODUCER_REGISTERS>();
     const int own = thread - CONSUMERS;  // a row of the weight, and the one 128 further
-    if (BITS == 8 && own > 0) return;
+#if BITS == 8
+    if (own >= PRODUCERS - GATHERERS) {  // columns of outliers, for one part after the other
+      wait_for_previous_kernel();
+      const int outliers = a.outliers[0];
+      if (outliers == 0 || outliers > MOST_OUTLIERS) return;
+      // a thread takes eight of the columns, of every so many rows
+      const int gatherer = own - (PRODUCERS - GATHERERS), halves = outliers > 8 ? 2 : 1, half = gatherer & (halves - 1);
+      int column[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) column[j] = half * 8 + j < outliers ? a.outliers[1 + half * 8 + j] : -1;
+      if (halves == 1)
+        for (int row = gatherer; row < SHARE; row += GATHERERS)
+          store_for_matrix_units(shared_address(exact) + piece_of_line(row, 1), make_uint4(0, 0, 0, 0));
+      // for each part, and in the end once more for the one whose sums were left for the last of its blocks
+      const int fills = parts + (parts > whole + 1 && !is_tile(part_of(whole)));
+      auto place_of_fill = [&](int fill) { return place_of(part_of(fill < parts ? fill : whole).tile); };
+      auto weight_row = [&](const Place& place, int row) {
+        return a.packed + (long long)min(place.weight_row + row, a.n - 1) * a.k;
+      };
+      for (int fill = 0; fill < fills; fill++) {
+        const Place place = place_of_fill(fill);
+        const int x_row = place.x_row + (SPLIT > 1 ? blockIdx.x % SPLIT * SHARE : 0);
+        if (fill > 0) taken->wait(fill & 1 ^ 1);
+#pragma unroll 1
+        for (int i = gatherer; i < SHARE * halves; i += GATHERERS) {
+          const int row = i / halves;
+          const long long at = min(x_row + row, a.m - 1);
+          const float scale = a.x_scales[at];
+          auto lost = [&](int j) {  // past the last column: nothing
+            const int code = column[j] < 0 ? 0 : (signed char)a.x[at * a.x_stride + column[j]];
+            return column[j] < 0 ? 0.0f : widened(a.exact[at * a.exact_stride + column[j]]) - code * scale;
+          };
+          store_for_matrix_units(shared_address(exact) + piece_of_line(row, half),
+                                 make_uint4(pair_of_two(lost(0), lost(1)), pair_of_two(lost(2), lost(3)),
+                                            pair_of_two(lost(4), lost(5)), pair_of_two(lost(6), lost(7))));
+        }
+#pragma unroll 1
+        for (int i = gatherer; i < ROWS * halves; i += GATHERERS) {
+          const u8* from = weight_row(place, i / halves);
+          u32 codes[2] = {0, 0};
+#pragma unroll
+          for (int j = 0; j < 8; j++) codes[j / 4] |= (column[j] < 0 ? 0u : from[column[j]]) << j % 4 * 8;
+          *(uint2*)(exact + codes_of_row(i / halves) + half * 8) = make_uint2(codes[0], codes[1]);
+        }
+        show_matrix_units();
+        __syncwarp();
+        if (lane == 0) gathered->arrive();
+      }
+      return;
+    }
+    if (own > 0) return;
+#endif
 #if BITS == 4
     // What does not come from the kernel before is on its way while that ends.
     const Part first = part_of(0);
@@ -363,10 +429,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 #else
   wait_for_previous_kernel();
   const int outliers = a.outliers[0];  // columns that have any
-  if (outliers <= MOST_OUTLIERS) {
-    if (thread < 16) listed[thread] = thread < outliers ? a.outliers[1 + thread] : 0;
-    meet_consumers<CONSUMERS>();
-  }
+  const bool gathering = outliers > 0 && outliers <= MOST_OUTLIERS;
+  int parts_taken = 0;
 
   // The pieces of 16 columns of 8 rows lie as second_operand says: a thread finds two neighbours, and those 8 further.
   struct Codes {
@@ -400,40 +464,36 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 #endif
 
 #if BITS == 8
+  auto leave_outliers = [&] {  // of a part, or what has been done with them
+    if (lane == 0) taken->arrive();
+    parts_taken++;
+  };
   // What x lost in columns with outliers, times the weight's codes, is added to sums of so many rows of x.
-  auto add_outliers = [&](auto& sums, int x_row, int m, int row) {
+  auto add_outliers = [&](auto& sums, int warp, int g, int t) {
+    gathered->wait(parts_taken & 1);
+    __syncwarp();
     u32 operand[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const signed char* from = (const signed char*)a.packed + (long long)min(row + g + i % 2 * 8, a.n - 1) * a.k;
-      const int j = t * 2 + i / 2 * 8;
-      operand[i] = pair_of_two(from[listed[j]], from[listed[j + 1]]);
+      const u8* two = exact + codes_of_row(warp * 16 + g + i % 2 * 8) + t * 2 + i / 2 * 8;
+      operand[i] = pair_of_two((signed char)two[0], (signed char)two[1]);
     }
-    if (thread < TILE_M) {  // more than there are sums for, but nobody else has that place
-      const long long at = x_row + min(thread, m - 1);
-      const float scale = a.x_scales[at];
-      auto lost = [&](int j) {  // past the last column: nothing
-        const int code = (signed char)a.x[at * a.x_stride + listed[j]];
-        return j < outliers ? widened(a.exact[at * a.exact_stride + listed[j]]) - code * scale : 0.0f;
-      };
-#pragma unroll
-      for (int piece = 0; piece < 2; piece++) {
-        u32 pair[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) pair[i] = pair_of_two(lost(piece * 8 + i * 2), lost(piece * 8 + i * 2 + 1));
-        store_for_matrix_units(shared_address(exact) + thread * 128 + ((piece ^ thread) & 7) * 16,
-                               make_uint4(pair[0], pair[1], pair[2], pair[3]));
-      }
-    }
-    show_matrix_units();
-    meet_consumers<CONSUMERS>();
     begin_products();
     multiply_16(sums, operand, second_operand(shared_address(exact)), 1);
     commit_products();
     wait_for_products<0>();
     sums_are_there(sums);
-    meet_consumers<CONSUMERS>();  // before another tile's come
+    __syncwarp();
+    leave_outliers();
   };
+  auto skip_outliers = [&] {
+    if (!gathering) return;
+    gathered->wait(parts_taken & 1);  // or a later wait would take these for its own
+    __syncwarp();
+    leave_outliers();
+  };
+#else
+  auto skip_outliers = [] {};
 #endif
 
   auto multiply = [&](auto kind) {
@@ -467,7 +527,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
           for (int i = 0; i < 4; i++)
             set_float(sums[c * 4 + i], (float)sums[c * 4 + i] * (i % 2 ? scale.y : scale.x));
         }
-        if (outliers > 0) add_outliers(sums, place.x_row, m, row);
+        if (gathering) add_outliers(sums, thread >> 5, g, t);
       }
       const float* scales = (const float*)a.scales;
       const float scale0 = scales[min(row + g, a.n - 1)] * (1.0f / 127);
@@ -541,8 +601,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
       if (index + 1 < parts && shared_tile.first != shared_tile.last) {
         came_before = leave_part<CONSUMERS>(sums, shared_tile);
         left_part = index;
+        skip_outliers();
       } else if (all_added<CONSUMERS, 1>(sums, shared_tile)) {
         give_out(sums, place, TILE_M);
+      } else {
+        skip_outliers();
       }
     }
     if (left_part >= 0) {
