@@ -414,9 +414,9 @@ def test_the_operators_own_tests_with_this_backend():
 
 def test_a_damaged_cache_is_compiled_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWBITS_CACHE", str(tmp_path))
-    from fewbits.kernels import cuda_plans
+    from fewbits.kernels import cuda_backend, cuda_plans
 
-    caches = nvrtc.kernel, cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant
+    caches = nvrtc.kernel, cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant, cuda_backend._few
 
     q, x = quantized(QuantSpec("nf4"), 64, 64), torch.randn(1, 64, device="cuda", dtype=torch.bfloat16)
     try:
