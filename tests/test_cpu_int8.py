@@ -323,7 +323,40 @@ def test_4bit_bytes_at_the_bounds(format, level):
     _same(cpu_backend.quantize_4bit(w, format, 64), reference.quantize_4bit(w, format, 64))
 
 
-@given(st.integers(1, 300), st.sampled_from([32, 64]), st.sampled_from(["nf4", "fp4"]), st.integers(0, 2**31))
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_4bit_bytes_of_every_bf16_number(format, block, level):
+    """All from 2^-9 of a block's largest number on, for every mantissa of that one: the rest is powers of two."""
+    ones = torch.arange(0x3F80, 0x4000, dtype=torch.int16).view(torch.bfloat16)  # from 1 to 2
+    fractions = torch.arange(0x3B00, 0x4000, dtype=torch.int16).view(torch.bfloat16)
+    for scale in (1.0, 2.0**-70, 2.0**90):
+        for largest in ones.tolist():
+            values = fractions[fractions <= largest] * scale
+            values = torch.cat([values, -values, values[: -2 * len(values) % (block - 1)]]).view(-1, block - 1)
+            w = torch.cat([torch.full((len(values), 1), largest * scale, dtype=torch.bfloat16), values], dim=1)
+            _same(cpu_backend.quantize_4bit(w, format, block), reference.quantize_4bit(w, format, block))
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_of_large_weights(dtype, format, level):
+    """Whose bytes go past the caches, if they lie where they can: 2 MiB and more."""
+    n, k = 4113, 1056
+    w = _with_special_values((torch.randn(n, k) * 0.02).to(dtype))
+    expected = reference.quantize_int8(w) if format == "int8" else reference.quantize_4bit(w, format, 32)
+    for offset in (0, 8, 16, 32):
+        room = torch.full((expected[0].numel() + 64,), 99, dtype=expected[0].dtype)
+        codes, absmax = room[offset : offset + expected[0].numel()], torch.empty_like(expected[1])
+        if format == "int8":
+            cpu_backend.quantize_int8_to(w, codes.view(n, k), absmax)
+        else:
+            cpu_backend.quantize_4bit_to(w, format, 32, codes, absmax)
+        _same((codes.view(expected[0].shape), absmax), expected)
+        assert (room[:offset] == 99).all()
+        assert (room[offset + len(codes) :] == 99).all()
+
+
+@given(st.integers(1, 1500), st.sampled_from([32, 64]), st.sampled_from(["nf4", "fp4"]), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_4bit_bytes_of_any_bits(n, block, format, seed):
     """Of any 16 bits as fp16 and bf16, and any 32 as fp32."""

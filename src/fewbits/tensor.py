@@ -112,8 +112,10 @@ class QuantTensor(torch.Tensor):
             )
         with torch.no_grad():
             result = cls.from_inner({**quantize_inner(w.detach(), spec)}, spec, w.shape, w.dtype, label=label)
-        if not w.is_meta and not known_finite and not bool(scales_finite(result)):
-            raise not_finite(label, spec)
+        if not w.is_meta and not known_finite:
+            mean = result.nested_offset  # of all scales: not finite if one of them is not
+            if not bool(scales_finite(result) if mean is None else mean.isfinite()):
+                raise not_finite(label, spec)
         return result
 
     @property

@@ -10,7 +10,9 @@ namespace fewbits {
 namespace FEWBITS_LEVEL {
 namespace {
 
-constexpr int64_t ELEMENTS = 1 << 15;  // of a task
+// elements of a task: long ones, since what is fetched ahead in the end of one may be another thread's next, and a few
+// for each thread
+constexpr int64_t FEW_ELEMENTS = 1 << 15, MANY_ELEMENTS = 1 << 18, TASKS = 8;
 constexpr int64_t BYTES = 1 << 19;     // of one that reads them first, to where they stay in a core's cache
 
 int64_t element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -20,7 +22,8 @@ int64_t element_size(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 template <class Body>
 void for_parts(const Source& w, int64_t count, int64_t unit, int64_t threads, Found* found, const Body& body) {
     const int64_t bytes = element_size(w.dtype);
-    const int64_t size = most(1, (w.memory ? ELEMENTS : BYTES / bytes) / most(unit, 1)) * most(unit, 1);
+    const int64_t elements = least(most(count / (TASKS * threads), FEW_ELEMENTS), MANY_ELEMENTS);
+    const int64_t size = most(1, (w.memory ? elements : BYTES / bytes) / most(unit, 1)) * most(unit, 1);
     parallel_for(threads, ceil_div(count, size), [&](int64_t index) {
         const int64_t first = index * size, part = least(size, count - first);
         if (w.memory) return body(first, static_cast<const char*>(w.memory) + first * bytes, part);
@@ -33,6 +36,33 @@ void for_parts(const Source& w, int64_t count, int64_t unit, int64_t threads, Fo
             body(first, buffer, part);
     });
 }
+
+// Results of so many bytes and more go past the caches, which they would only leave for others: so the memory that they
+// replace is not read first.
+constexpr int64_t STREAMED = 1 << 21;
+
+// unit: bytes of a row or block
+bool streams(const void* to, int64_t bytes, int64_t unit) {
+    return FEWBITS_AVX512 && bytes >= STREAMED && reinterpret_cast<uintptr_t>(to) % 32 == 0 && unit % 32 == 0;
+}
+
+// before others are told that it is there
+INLINE void end_of_stream() {
+#if FEWBITS_AVX512
+    _mm_sfence();
+#endif
+}
+
+#if FEWBITS_AVX512
+template <bool streamed>
+INLINE void put(void* to, __m128i v) {
+    streamed ? _mm_stream_si128(static_cast<__m128i*>(to), v) : _mm_storeu_si128(static_cast<__m128i*>(to), v);
+}
+template <bool streamed>
+INLINE void put(void* to, __m256i v) {
+    streamed ? _mm256_stream_si256(static_cast<__m256i*>(to), v) : _mm256_storeu_si256(static_cast<__m256i*>(to), v);
+}
+#endif
 
 int64_t magnitude(float value) { return to_bits(value) & 0x7fffffff; }  // in the order of |value|, NaN above all
 
@@ -113,6 +143,8 @@ class Search {
         for (int i = 0; i < 16; i++) wide_codes_[i] = codes[i];
 #if FEWBITS_AVX512
         fill_buckets();
+        for (float per_unit = 16380; has_buckets_ && per_integer_ == 0 && per_unit > 15360; per_unit--)
+            fill_integers(per_unit);
 #endif
     }
 
@@ -131,6 +163,23 @@ class Search {
         const Ints below = _mm512_permutex2var_epi32(bucket_codes_[0], bucket, bucket_codes_[1]);
         const Floats bound = _mm512_permutex2var_ps(bucket_bounds_[0], bucket, bucket_bounds_[1]);
         return _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), below, _mm512_set1_epi32(1));
+    }
+
+    // What a block's factor is multiplied by, for products that tell codes as integers of 16 bits; 0: they do not.
+    float per_integer() const { return per_integer_; }
+
+    // Codes of 32 numbers of bf16, one in each half of a word, in their order, by their products with a factor, rounded
+    // down to integers of 16 bits. `even` is per_integer() times the block's factor, `odd` 65536 times that. A code is
+    // unsure where a bound, times per_integer(), rounds to the same integer.
+    __attribute__((always_inline)) Ints by_integer(Words both, Floats even, Floats odd, __mmask32& unsure) const {
+        constexpr int DOWN = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+        const Ints low = _mm512_cvt_roundps_epi32((Floats)(both << 16) * even, DOWN);
+        const Ints high = _mm512_cvtps_epi32((Floats)(both & ~0xffff) * odd);  // whose upper half is rounded down
+        const Ints v = _mm512_mask_blend_epi16(0xaaaaaaaa, low, high), bucket = _mm512_srli_epi16(v, 10);
+        const Ints bound = _mm512_permutexvar_epi16(bucket, integer_bounds_);
+        const Ints below = _mm512_permutexvar_epi16(bucket, integer_codes_);
+        unsure = _kor_mask32(unsure, _mm512_cmpeq_epi16_mask(v, bound));
+        return _mm512_mask_add_epi16(below, _mm512_cmpgt_epi16_mask(v, bound), below, _mm512_set1_epi16(1));
     }
 
     __attribute__((always_inline)) Ints by_tree(Floats v) const {
@@ -167,6 +216,27 @@ class Search {
     Floats bucket_bounds_[2];
     Ints bucket_codes_[2];
     bool has_buckets_ = true;
+    Ints integer_bounds_, integer_codes_;
+    float per_integer_ = 0;
+
+    // With so many integers to a unit, 1024 to a bucket. A product is off by 0.004 at most, so a bound must not lie as
+    // close to an integer.
+    void fill_integers(float per_unit) {
+        int16_t in_bucket[32], below[32] = {};
+        for (int16_t& none : in_bucket) none = 0x7fff;
+        for (int i = 0; i < 15; i++) {
+            const float at = bounds_[i] * per_unit, whole = __builtin_floorf(at);
+            int16_t& bound = in_bucket[static_cast<int>(whole) >> 10 & 31];
+            if (at - whole < 0.02f || at - whole > 0.98f || bound != 0x7fff) return;
+            bound = static_cast<int16_t>(whole);
+        }
+        for (int bucket = -16; bucket < 16; bucket++)
+            for (int i = 0; i < 15; i++)
+                below[bucket & 31] += static_cast<int>(__builtin_floorf(bounds_[i] * per_unit)) >> 10 < bucket;
+        memcpy(&integer_bounds_, in_bucket, sizeof(in_bucket));
+        memcpy(&integer_codes_, below, sizeof(below));
+        per_integer_ = per_unit;
+    }
 
     void fill_buckets() {
         const float margin = 1.0f / 1024;  // of a bucket, for the rounding of a value's
@@ -219,10 +289,10 @@ INLINE void pack(Ints codes, uint8_t* to) {
 
 #if FEWBITS_AVX512 || FEWBITS_AVX2
 // LANES codes of even elements and as many of odd ones to as many bytes
+template <bool streamed>
 INLINE void pack(Ints even, Ints odd, uint8_t* to) {
 #if FEWBITS_AVX512
-    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi32(even, 4), odd);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(pairs));
+    put<streamed>(to, _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_slli_epi32(even, 4), odd)));
 #else
     store_low_bytes(to, _mm256_or_si256(_mm256_slli_epi32(even, 4), odd));
 #endif
@@ -230,6 +300,8 @@ INLINE void pack(Ints even, Ints odd, uint8_t* to) {
 #endif
 
 enum class How { BUCKETS, TREE };
+
+constexpr int64_t AHEAD = 4096;  // bytes, that are fetched before they are looked at
 
 // What is left of a block, from element i on.
 template <int64_t dtype, bool divided>
@@ -246,7 +318,7 @@ __attribute__((noinline)) void quantize_rest(
 }
 
 // One block to bytes, multiplied by the factor, or divided by it.
-template <int64_t dtype, How how, bool divided>
+template <int64_t dtype, How how, bool divided, bool streamed>
 INLINE void quantize_block(const Quantize4Bit& a, const Search& search, int64_t first, int64_t count, float factor) {
     int64_t i = 0;
 #if FEWBITS_AVX512 || FEWBITS_AVX2
@@ -263,7 +335,7 @@ INLINE void quantize_block(const Quantize4Bit& a, const Search& search, int64_t 
         const char* from = static_cast<const char*>(a.w.memory) + 2 * first;
         const auto two = [&](int64_t at) __attribute__((always_inline)) {
             const Words both = (Words)load_ints(from + 4 * at);
-            pack(codes_of((Floats)(both << 16)), codes_of((Floats)(both & ~0xffff)), packed + at);
+            pack<streamed>(codes_of((Floats)(both << 16)), codes_of((Floats)(both & ~0xffff)), packed + at);
         };
         for (; i + 4 * LANES <= count; i += 4 * LANES, from += 8 * LANES, packed += 2 * LANES) two(0), two(LANES);
         for (; i + 2 * LANES <= count; i += 2 * LANES, from += 4 * LANES, packed += LANES) two(0);
@@ -276,36 +348,106 @@ INLINE void quantize_block(const Quantize4Bit& a, const Search& search, int64_t 
 
 INLINE float floored(float absmax) { return absmax < 1e-38f ? 1e-38f : absmax; }  // finite as a divisor
 
-template <int64_t dtype, How how>
+#if FEWBITS_AVX512
+// the largest |x| of each of 16 blocks of 32 * VECTORS numbers of bf16
+template <int VECTORS>
+INLINE Floats absmax_of_16(const char* from) {
+    const Halves mask = (Halves)_mm512_set1_epi16(0x7fff);
+    Halves v[16];
+    UNROLL for (int block = 0; block < 16; block++) {
+        v[block] = (Halves)load_ints(from + block * VECTORS * 64) & mask;
+        UNROLL for (int i = 1; i < VECTORS; i++)
+            v[block] = larger(v[block], (Halves)load_ints(from + (block * VECTORS + i) * 64) & mask);
+    }
+    // Vectors of neighbours are halved together: a vector then has some of both.
+    const auto halved = [](Halves a, Halves b, auto first, auto second) __attribute__((always_inline)) {
+        return larger((Halves)first((Ints)a, (Ints)b), (Halves)second((Ints)a, (Ints)b));
+    };
+    const auto low = [](Ints a, Ints b) { return _mm512_shuffle_i32x4(a, b, 0x88); };
+    const auto high = [](Ints a, Ints b) { return _mm512_shuffle_i32x4(a, b, 0xdd); };
+    UNROLL for (int i = 0; i < 8; i++) v[i] = halved(v[2 * i], v[2 * i + 1], low_words, high_words);
+    UNROLL for (int i = 0; i < 4; i++) v[i] = halved(v[2 * i], v[2 * i + 1], low_pairs, high_pairs);
+    UNROLL for (int i = 0; i < 2; i++) v[i] = halved(v[2 * i], v[2 * i + 1], low, high);
+    const Words both = (Words)halved(v[0], v[1], low, high);  // two halves of a word are left of each
+    return (Floats)((Words)larger((Halves)both, (Halves)(both << 16)) & ~0xffff);
+}
+
+// As many whole blocks of 32 * VECTORS numbers of bf16 as are a multiple of 16; how many. The bytes are those of
+// quantize_block, by fewer instructions.
+template <int VECTORS, bool streamed>
+int64_t quantize_batches(const Quantize4Bit& a, const Search& search, int64_t blocks) {
+    const Floats per_integer = splat(search.per_integer());
+    int64_t batch = 0;
+    for (; batch + 16 <= blocks; batch += 16) {
+        const char* from = static_cast<const char*>(a.w.memory) + batch * VECTORS * 64;
+        uint8_t* packed = a.packed + batch * VECTORS * 16;
+        const Floats absmax = absmax_of_16<VECTORS>(from);
+        store(a.absmax + batch, absmax);
+        // neither an infinite number or a NaN among them nor products beyond integers
+        const __mmask16 usual = _mm512_cmp_ps_mask(absmax, splat(1e-28f), _CMP_GT_OQ) &
+                                _mm512_cmp_ps_mask(absmax, splat(1e30f), _CMP_LT_OQ);
+        float factors[16], per_factors[16];
+        const Floats factor = splat(1) / _mm512_max_ps(splat(1e-38f), absmax);
+        store(factors, factor);
+        store(per_factors, factor * per_integer);
+        for (int block = 0; block < 16; block++, from += VECTORS * 64, packed += VECTORS * 16) {
+            const Floats even = splat(per_factors[block]), odd = even * splat(65536);
+            __mmask32 unsure = 0;
+            UNROLL for (int i = 0; i < VECTORS; i++) {
+                __builtin_prefetch(from + i * 64 + AHEAD);
+                const Ints codes = search.by_integer((Words)load_ints(from + i * 64), even, odd, unsure);
+                const Ints pairs = _mm512_madd_epi16(codes, _mm512_set1_epi32(1 << 16 | 16));  // the first times 16
+                put<streamed>(packed + i * 16, _mm512_cvtepi32_epi8(pairs));
+            }
+            if (unsure != 0 || !(usual >> block & 1))
+                quantize_block<BFLOAT16, How::BUCKETS, false, streamed>(
+                    a, search, (batch + block) * VECTORS * 32, VECTORS * 32, factors[block]);
+        }
+    }
+    return batch;
+}
+#endif
+
+template <int64_t dtype, How how, bool streamed>
 void quantize_blocks(const Quantize4Bit& arguments, const Search& rule) {
     constexpr int64_t BATCH = 16;  // of blocks, whose absmax is found first: no division is waited for
     const Quantize4Bit a = arguments;  // copies: for all that the compiler knows, a byte written may be one of theirs
     const Search search = rule;
     const int64_t whole = a.count / a.block_size;
-    for (int64_t batch = 0; batch < whole; batch += BATCH) {
+    int64_t batch = 0;
+#if FEWBITS_AVX512
+    if (dtype == BFLOAT16 && how == How::BUCKETS && search.per_integer() != 0) {
+        if (a.block_size == 32) batch = quantize_batches<1, streamed>(a, search, whole);
+        if (a.block_size == 64) batch = quantize_batches<2, streamed>(a, search, whole);
+        if (a.block_size == 128) batch = quantize_batches<4, streamed>(a, search, whole);
+    }
+#endif
+    for (; batch < whole; batch += BATCH) {
         const int64_t blocks = least(BATCH, whole - batch);
         float factors[BATCH];
         for (int64_t i = 0; i < blocks; i++)
             a.absmax[batch + i] = absmax_of<dtype>(a.w.memory, (batch + i) * a.block_size, a.block_size);
         for (int64_t i = 0; i < blocks; i++) factors[i] = 1.0f / floored(a.absmax[batch + i]);
-        for (int64_t i = 0; i < blocks; i++)
-            quantize_block<dtype, how, false>(a, search, (batch + i) * a.block_size, a.block_size, factors[i]);
+        for (int64_t i = 0; i < blocks; i++) {
+            const int64_t first = (batch + i) * a.block_size;
+            quantize_block<dtype, how, false, streamed>(a, search, first, a.block_size, factors[i]);
+        }
     }
     if (whole * a.block_size < a.count) {  // the last block is not a whole one: bitsandbytes divides it
         const int64_t first = whole * a.block_size, count = a.count - first;
         a.absmax[whole] = floored(absmax_of<dtype>(a.w.memory, first, count));
-        quantize_block<dtype, how, true>(a, search, first, count, a.absmax[whole]);
+        quantize_block<dtype, how, true, false>(a, search, first, count, a.absmax[whole]);
     }
 }
 
-template <How how>
+template <How how, bool streamed>
 void quantize_blocks_of(const Quantize4Bit& a, const Search& search) {
     if (a.w.dtype == FLOAT32)
-        quantize_blocks<FLOAT32, how>(a, search);
+        quantize_blocks<FLOAT32, how, false>(a, search);
     else if (a.w.dtype == FLOAT16)
-        quantize_blocks<FLOAT16, how>(a, search);
+        quantize_blocks<FLOAT16, how, false>(a, search);
     else
-        quantize_blocks<BFLOAT16, how>(a, search);
+        quantize_blocks<BFLOAT16, how, streamed>(a, search);
 }
 
 // ------------------------------------------------------------------------------------------------------------- 8 bits
@@ -328,9 +470,26 @@ INLINE Floats rounded_to_f16(Floats v) {
     return load_f16(halves);
 }
 
-template <int64_t dtype, bool exact>
+template <int64_t dtype, bool exact, bool streamed>
 void quantize_row_as(const void* w, int64_t first, int64_t count, int8_t* q, float scale) {
     int64_t i = 0;
+#if FEWBITS_AVX512
+    const auto integers = [&](Floats v) __attribute__((always_inline)) {
+        return _mm512_cvtps_epi32((exact ? v : rounded_to_f16(v)) * splat(scale));
+    };
+    for (; i + 2 * LANES <= count; i += 2 * LANES) {
+        __builtin_prefetch(static_cast<const char*>(w) + size_of(dtype) * (first + i + count));  // of the next row
+        if (dtype == BFLOAT16) {
+            const Words both = (Words)load_ints(static_cast<const char*>(w) + 2 * (first + i));
+            const Ints even = integers((Floats)(both << 16)), odd = integers((Floats)(both & ~0xffff));
+            const Ints words = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16));
+            put<streamed>(q + i, _mm512_cvtepi16_epi8(words));
+        } else {
+            for (int64_t at = i; at < i + 2 * LANES; at += LANES)
+                put<streamed>(q + at, _mm512_cvtepi32_epi8(integers(load_as<dtype>(w, first + at))));
+        }
+    }
+#endif
     for (; i + LANES <= count; i += LANES) {
         const Floats v = load_as<dtype>(w, first + i);
         store_rounded(q + i, (exact ? v : rounded_to_f16(v)) * splat(scale));
@@ -346,15 +505,15 @@ void quantize_row_as(const void* w, int64_t first, int64_t count, int8_t* q, flo
 
 // The format quantizes what fp16 holds. A bf16 number from 2^-14 on, fp16's normal ones, is one of fp16, too; a smaller
 // one has the code 0, rounded or not, if 127 of them are less than half of the largest. Returns the largest |x|.
-template <int64_t dtype>
+template <int64_t dtype, bool streamed>
 float quantize_row(const void* w, int64_t first, int64_t count, int8_t* q, float* absmax) {
     const float found = absmax_of<dtype>(w, first, count);
     const float largest = from_f16(to_f16(found)), scale = 1.0f / largest * 127.0f;
     *absmax = largest;
     if (dtype == FLOAT16 || (dtype == BFLOAT16 && largest > 0.016f && largest <= 65504))
-        quantize_row_as<dtype, true>(w, first, count, q, scale);
+        quantize_row_as<dtype, true, streamed>(w, first, count, q, scale);
     else
-        quantize_row_as<dtype, false>(w, first, count, q, scale);
+        quantize_row_as<dtype, false, streamed>(w, first, count, q, scale);
     return found;
 }
 
@@ -362,20 +521,25 @@ float quantize_row(const void* w, int64_t first, int64_t count, int8_t* q, float
 
 void quantize_4bit(const Quantize4Bit& a) {
     const Search search(a.bounds, a.codes);
-    for_parts(a.w, a.count, a.block_size, a.threads, a.found, [&](int64_t first, const char* w, int64_t count) {
-        Quantize4Bit part = a;
-        part.w.memory = w;
-        part.count = count;
-        part.packed += first / 2;
-        part.absmax += first / a.block_size;
+    const auto blocks = [&](auto streamed) {
+        for_parts(a.w, a.count, a.block_size, a.threads, a.found, [&](int64_t first, const char* w, int64_t count) {
+            Quantize4Bit part = a;
+            part.w.memory = w;
+            part.count = count;
+            part.packed += first / 2;
+            part.absmax += first / a.block_size;
 #if FEWBITS_AVX512
-        if (search.has_buckets())
-            quantize_blocks_of<How::BUCKETS>(part, search);
-        else
+            if (search.has_buckets())
+                quantize_blocks_of<How::BUCKETS, streamed>(part, search);
+            else
 #endif
-            quantize_blocks_of<How::TREE>(part, search);
-        keep_larger(&a.found->largest, magnitude(absmax_of<FLOAT32>(part.absmax, 0, ceil_div(count, a.block_size))));
-    });
+                quantize_blocks_of<How::TREE, streamed>(part, search);
+            if (streamed) end_of_stream();
+            const float largest = absmax_of<FLOAT32>(part.absmax, 0, ceil_div(count, a.block_size));
+            keep_larger(&a.found->largest, magnitude(largest));
+        });
+    };
+    streams(a.packed, a.count / 2, a.block_size) ? blocks(std::true_type()) : blocks(std::false_type());
 }
 
 void quantize_absmax(const QuantizeAbsmax& a) {
@@ -403,22 +567,26 @@ void quantize_absmax(const QuantizeAbsmax& a) {
 }
 
 void quantize_int8(const QuantizeInt8& a) {
-    for_parts(a.w, a.n * a.k, a.k, a.threads, a.found, [&](int64_t first, const char* w, int64_t count) {
-        int64_t largest = 0;
-        for (int64_t i = 0; i < count; i += a.k) {
-            int8_t* q = a.q + first + i;
-            float* absmax = a.absmax + (first + i) / a.k;
-            float found;
-            if (a.w.dtype == FLOAT32)
-                found = quantize_row<FLOAT32>(w, i, a.k, q, absmax);
-            else if (a.w.dtype == FLOAT16)
-                found = quantize_row<FLOAT16>(w, i, a.k, q, absmax);
-            else
-                found = quantize_row<BFLOAT16>(w, i, a.k, q, absmax);
-            largest = most(largest, magnitude(found));
-        }
-        keep_larger(&a.found->largest, largest);
-    });
+    const auto rows = [&](auto streamed) {
+        for_parts(a.w, a.n * a.k, a.k, a.threads, a.found, [&](int64_t first, const char* w, int64_t count) {
+            int64_t largest = 0;
+            for (int64_t i = 0; i < count; i += a.k) {
+                int8_t* q = a.q + first + i;
+                float* absmax = a.absmax + (first + i) / a.k;
+                float found;
+                if (a.w.dtype == FLOAT32)
+                    found = quantize_row<FLOAT32, streamed>(w, i, a.k, q, absmax);
+                else if (a.w.dtype == FLOAT16)
+                    found = quantize_row<FLOAT16, streamed>(w, i, a.k, q, absmax);
+                else
+                    found = quantize_row<BFLOAT16, streamed>(w, i, a.k, q, absmax);
+                largest = most(largest, magnitude(found));
+            }
+            if (streamed) end_of_stream();
+            keep_larger(&a.found->largest, largest);
+        });
+    };
+    streams(a.q, a.n * a.k, a.k) ? rows(std::true_type()) : rows(std::false_type());
 }
 
 }  // namespace FEWBITS_LEVEL
