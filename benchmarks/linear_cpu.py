@@ -5,12 +5,14 @@
     FEWBITS_CPU=avx2 python benchmarks/linear.py --device cpu --levels
 
 All contenders take turns within a row of the table, each over weights that no cache holds, so that what else the
-machine does meets all alike, and in a new order each time, since a call is slower after some than after others: the
-ratios are what counts. ``read`` is torch's sum over a weight's codes and scales in the same loop, the physical limit of
-one row of x. ``--levels`` names the instruction sets that are forced in processes of their own, beside the machine's
-best one (by default avx2 and portable; none: no others).
+machine does meets all alike, and in a new order each time, since a call is slower after some than after others. A ratio
+is the median of those of single turns, so that minutes in which the machine is slow weigh on both sides. ``read`` is
+torch's sum over a weight's codes and scales in the same loop, the physical limit of one row of x. ``--levels`` names
+instruction sets that are forced in processes of their own, where torch's products have the same, in turn with the best
+one (by default avx2 and portable; none: no others).
 
-Conversions are given as GB/s of bf16 read (quantizing) or written (dequantizing), by all threads.
+Conversions are given as bytes of bf16 a second and core (quantizing) and as a share of a copy's speed (dequantizing);
+both make new tensors.
 
 Writes ``benchmarks/results/linear-cpu.json``.
 """
@@ -18,6 +20,7 @@ Writes ``benchmarks/results/linear-cpu.json``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -64,9 +67,20 @@ QUANTIZED = {"nf4-dq": 10e9, "int8": 15e9}  # bytes of bf16 a second and core
 Call = Callable[[int], object]
 
 
-def race(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, float]:
-    """Median microseconds of each call, taken in turn; a call gets a counter, by which it changes weights."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+class Times(dict[str, list[float]]):
+    """Microseconds of a call by contender, turn by turn."""
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.items()}
+
+    def ratio(self, a: str, b: str) -> float:
+        """How many times b's time a takes."""
+        return statistics.median(x / y for x, y in zip(self[a], self[b], strict=True))
+
+
+def race(calls: dict[str, Call], seconds: float, rounds: int = 7) -> Times:
+    """All calls in turn; a call gets a counter, by which it changes weights."""
+    times = Times({name: [] for name in calls})
     turn, order = list(calls.items()), random.Random(0)
     for call in calls.values():
         call(0)
@@ -79,7 +93,7 @@ def race(calls: dict[str, Call], seconds: float, rounds: int = 5) -> dict[str, f
                 call(3 * i + j)
             times[name].append((time.perf_counter() - start) / 3 * 1e6)
         i += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def turns(nbytes: int) -> int:
@@ -105,10 +119,26 @@ def peer_layer(name: str, w: Tensor) -> torch.nn.Module:
     return layer.to("cpu").eval()  # which quantizes
 
 
+def at_level(name: str, call: Call) -> Call:
+    """The call on another instruction set."""
+    from fewbits.kernels import cpu_backend
+
+    def run(i: int) -> object:
+        with cpu_backend.use_level(name):
+            return call(i)
+
+    return run
+
+
 def products(
-    shape: tuple[int, int], names: list[str], rows: list[int], seconds: float, peers: bool
+    shape: tuple[int, int], names: list[str], rows: list[int], seconds: float, forced: str | None = None
 ) -> list[dict[str, Any]]:
+    """A row of the table for each format and number of rows, judged.
+
+    forced: an instruction set, on which ours are, beside ``best``; then there are no peers.
+    """
     n, k = shape
+    peers = forced is None
     bf16 = [torch.randn(n, k, dtype=DTYPE) * 0.02 for _ in range(turns(n * k * 2))]
     fp32 = [w.float() for w in bf16[: turns(n * k * 4)]]
     found = []
@@ -139,9 +169,13 @@ def products(
             if m == 1:
                 # a third of the turn behind the others: the weight that was used just now may be in a cache
                 calls["read"] = lambda i, parts=parts: [p.sum() for p in parts[(i - len(parts) // 3) % len(parts)]]
+            if forced is not None:
+                calls["best"] = calls["ours"]
+                calls |= {who: at_level(forced, calls[who]) for who in ("ours", "ours_fp32") if who in calls}
             with torch.inference_mode():
                 times = race(calls, seconds)
-            found.append({"shape": list(shape), "format": name, "rows": m, "us": times})
+            row = {"shape": list(shape), "format": name, "rows": m, "us": times.medians()}
+            found.append(row | {"targets": judged_product(name, m, times, forced)})
     return found
 
 
@@ -150,8 +184,6 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
 
     n, k = 4096, 4096
     ws = [torch.randn(n, k, dtype=DTYPE) * 0.02 for _ in range(turns(n * k * 2))]
-    out = torch.empty_like(ws[0])
-    copy = race({"copy": lambda i: out.copy_(ws[i % len(ws)])}, seconds)["copy"]
     found = []
     for name in ("nf4-dq", "int8"):
         spec = SPECS[name]
@@ -159,6 +191,7 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
         calls: dict[str, Call] = {
             "quantize": lambda i, spec=spec: QuantTensor.quantize(ws[i % len(ws)], spec),
             "dequantize": lambda i, qs=qs: qs[i % len(qs)].dequantize(),
+            "copy": lambda i: ws[i % len(ws)].clone(),
         }
         if peers and name != "int8":
             packed, state = bf.quantize_4bit(ws[0], quant_type="nf4", compress_statistics=True)
@@ -168,40 +201,46 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
             calls["peer_dequantize"] = lambda i, packed=packed, state=state: bf.dequantize_4bit(packed, state)
         elif peers:
             calls["peer_quantize"] = lambda i: bf.int8_vectorwise_quant(ws[i % len(ws)])
-        found.append({"format": name, "bytes": n * k * 2, "copy": copy, "us": race(calls, seconds)})
+        times = race(calls, seconds)
+        row = {"format": name, "bytes": n * k * 2, "us": times.medians()}
+        found.append(row | {"targets": judged_conversion(name, n * k * 2, times)})
     return found
 
 
 # ------------------------------------------------------------------------------------------------- against the targets
 
 
-def judge_products(found: list[dict[str, Any]], threads: int) -> None:
-    for row in found:
-        us, m, name = row["us"], row["rows"], row["format"]
-        checks: list[tuple[str, float, float, bool]] = []
-        if "peer" in us:
-            checks.append(("peer / ours", us["peer"] / us["ours"], SPEEDUPS[name].get(m, 0.0), True))
-        checks.append(("ours / bf16", us["ours"] / us["bf16"], 1.0, False))
-        checks.append(("ours / fp32", us.get("ours_fp32", us["ours"]) / us["fp32"], 1.0, False))
-        if m == 1 and name == "nf4":
-            checks.append(("of a plain read", us["read"] / us["ours"], READ, True))
-        if "ours_plain" in us:
-            checks.append(("double quantization", us["ours"] / us["ours_plain"], DOUBLE, False))
-        row["targets"] = [
-            {"what": what, "found": value, "bound": bound, "met": value >= bound if least else value <= bound}
-            for what, value, bound, least in checks
-        ]
+def _target(what: str, found: float, bound: float, *, least: bool) -> dict[str, Any]:
+    return {"what": what, "found": found, "bound": bound, "met": found >= bound if least else found <= bound}
 
 
-def judge_conversions(found: list[dict[str, Any]], threads: int) -> None:
-    for row in found:
-        us, speed = row["us"], row["bytes"] / row["us"]["quantize"] * 1e6 / threads
-        share = row["copy"] / us["dequantize"]
-        row["targets"] = [
-            {"what": "quantized, bytes/s and core", "found": speed, "bound": QUANTIZED[row["format"]],
-             "met": speed >= QUANTIZED[row["format"]]},
-            {"what": "dequantizing, of a copy's speed", "found": share, "bound": COPY, "met": share >= COPY},
-        ]  # fmt: skip
+def judged_product(name: str, m: int, times: Times, forced: str | None) -> list[dict[str, Any]]:
+    wide = "ours_fp32" if "ours_fp32" in times else "ours"
+    if forced is not None:
+        targets = []
+        if forced in OF_BEST:
+            targets.append(_target("ours / fp32", times.ratio(wide, "fp32"), 1.0, least=False))
+            if (bound := OF_BEST[forced].get(m)) is not None:
+                targets.append(_target("of the best", times.ratio("best", "ours"), bound, least=True))
+        return targets
+    targets = [
+        _target("peer / ours", times.ratio("peer", "ours"), SPEEDUPS[name].get(m, 0.0), least=True),
+        _target("ours / bf16", times.ratio("ours", "bf16"), 1.0, least=False),
+        _target("ours / fp32", times.ratio(wide, "fp32"), 1.0, least=False),
+    ]
+    if m == 1 and name == "nf4":
+        targets.append(_target("of a plain read", times.ratio("read", "ours"), READ, least=True))
+    if "ours_plain" in times:
+        targets.append(_target("double quantization", times.ratio("ours", "ours_plain"), DOUBLE, least=False))
+    return targets
+
+
+def judged_conversion(name: str, nbytes: int, times: Times) -> list[dict[str, Any]]:
+    speed = nbytes / statistics.median(times["quantize"]) * 1e6 / torch.get_num_threads()
+    return [
+        _target("quantized, bytes/s and core", speed, QUANTIZED[name], least=True),
+        _target("dequantizing, of a copy's speed", times.ratio("copy", "dequantize"), COPY, least=True),
+    ]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -227,12 +266,12 @@ def level() -> str:
     return str(cpu_backend.level())
 
 
-def at_level(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """nf4 in a process of its own, with the instruction set forced."""
-    command = [sys.executable, str(Path(__file__).with_name("linear.py")), "--device", "cpu", "--child"]
+def in_a_process(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """nf4 on an instruction set that is forced, where torch's products have the same."""
+    command = [sys.executable, str(Path(__file__).with_name("linear.py")), "--device", "cpu", "--child", name]
     command += ["--formats", "nf4", "--rows", *map(str, LEVEL_ROWS), "--shapes", args.shapes[0]]
-    environment = {**os.environ, "FEWBITS_CPU": name, **ALIKE.get(name, {})}
     command += ["--seconds", str(args.seconds)]
+    environment = {**os.environ, **ALIKE.get(name, {})}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{name}: {done.stderr.strip().splitlines()[-1]}")
@@ -248,53 +287,32 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--formats", nargs="+", default=list(SPECS), choices=list(SPECS))
     parser.add_argument("--levels", nargs="*", default=LEVELS, help="instruction sets to force as well")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row of the table, at least")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     threads = torch.get_num_threads()
     shapes = [(int(n), int(k)) for n, k in (text.split("x") for text in args.shapes)]
     if args.child:
-        found = products(shapes[0], args.formats, list(args.rows), args.seconds, peers=False)
-        print(json.dumps(found))
+        print(json.dumps(products(shapes[0], args.formats, list(args.rows), args.seconds, args.child)))
         return
     print(f"{facts('cpu')['device']}, {threads} threads, {level()}; µs a call")
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        found = products(shape, args.formats, list(args.rows), args.seconds, peers=True)
-        judge_products(found, threads)
+        found = products(shape, args.formats, list(args.rows), args.seconds)
         for row in found:
             show(row)
         rows += found
-    others: dict[str, list[dict[str, Any]]] = {}
-    best = {
-        row["rows"]: row["us"]["ours"] for row in rows if row["format"] == "nf4" and row["shape"] == list(shapes[0])
-    }
-    for name in args.levels:
-        others[name] = at_level(name, args)
-        for row in others[name]:
-            us, m = row["us"], row["rows"]
-            bound = OF_BEST.get(name, {}).get(m)
-            row["targets"] = [] if name not in OF_BEST else [
-                {"what": "ours / fp32", "found": us["ours_fp32"] / us["fp32"], "bound": 1.0,
-                 "met": us["ours_fp32"] <= us["fp32"]},
-            ]  # fmt: skip
-            if bound is not None and m in best:
-                share = best[m] / us["ours"]
-                row["targets"].append({"what": "of the best", "found": share, "bound": bound, "met": share >= bound})
+    others = {name: in_a_process(name, args) for name in args.levels}
+    for name, found in others.items():
+        for row in found:
             print(f"{name}: ", end="")
             show(row)
     converted = conversions(args.seconds, peers=True)
-    judge_conversions(converted, threads)
     for row in converted:
         show(row)
     result = {**facts("cpu"), "level": level(), "rows": rows, "levels": others, "conversions": converted}
     target = Path(__file__).parent / "results" / "linear-cpu.json"
     target.write_text(json.dumps(result, indent=1) + "\n")
-    missed = [
-        t
-        for row in (*rows, *converted, *(r for o in others.values() for r in o))
-        for t in row["targets"]
-        if not t["met"]
-    ]
-    print(f"{len(missed)} of {sum(len(row['targets']) for row in (*rows, *converted))} bounds missed")
+    targets = [t for row in (*rows, *itertools.chain(*others.values()), *converted) for t in row["targets"]]
+    print(f"{sum(not t['met'] for t in targets)} of {len(targets)} bounds missed")
