@@ -379,6 +379,9 @@ def test_nested_bytes(level):
             torch.where(torch.arange(n) == n // 2, torch.inf, torch.rand(n)),
         ):
             _same(cpu_backend.quantize_absmax(absmax), reference.quantize_absmax(absmax))
+    every_step = torch.linspace(-1, 1, 4 * 65536, dtype=torch.float64).float()
+    every_step[::256] = 1.0  # the largest of each 256
+    _same(cpu_backend.quantize_absmax(every_step), reference.quantize_absmax(every_step))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

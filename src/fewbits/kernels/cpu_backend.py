@@ -315,6 +315,12 @@ def _steps() -> Tensor:
     return _nearest(torch.arange(65536, dtype=torch.float32, device=_CPU) * 2 / 65535 - 1, "dynamic")
 
 
+@functools.cache
+def _first_steps() -> Tensor:
+    """int16 [256], as bits: of each code the first of these steps that has it, or a higher one."""
+    return torch.searchsorted(_steps(), torch.arange(256, dtype=torch.uint8, device=_CPU)).to(torch.int16)
+
+
 def quantize_absmax(absmax: Tensor) -> Any:
     n = absmax.numel()
     if not n or absmax.dtype is not torch.float32:
@@ -323,8 +329,9 @@ def quantize_absmax(absmax: Tensor) -> Any:
     absmax = absmax.contiguous()
     codes = torch.empty(n, dtype=torch.uint8, device=_CPU)
     nested = torch.empty(-(-n // NESTED_BLOCK), dtype=torch.float32, device=_CPU)
-    pointers = offset.data_ptr(), _steps().data_ptr(), codes.data_ptr(), nested.data_ptr()
-    done = _run("quantize_absmax", "Pq4Pq", absmax.data_ptr(), n, *pointers)
+    tables = _steps().data_ptr(), _first_steps().data_ptr()
+    pointers = offset.data_ptr(), *tables, codes.data_ptr(), nested.data_ptr()
+    done = _run("quantize_absmax", "Pq5Pq", absmax.data_ptr(), n, *pointers)
     return (codes, nested, offset) if done else NotImplemented
 
 

@@ -112,10 +112,11 @@ struct Quantize4Bit {
 struct QuantizeAbsmax {
     const float* absmax;  // [count]
     int64_t count;
-    const float* offset;   // its mean
-    const uint8_t* steps;  // [65536]: the code of each step from -1 to 1
-    uint8_t* codes;        // [count]
-    float* nested_absmax;  // [ceil(count / NESTED_BLOCK)]
+    const float* offset;     // its mean
+    const uint8_t* steps;    // [65536]: the code of each step from -1 to 1, ascending
+    const uint16_t* firsts;  // [256]: of each code the first step that has it or a higher one
+    uint8_t* codes;          // [count]
+    float* nested_absmax;    // [ceil(count / NESTED_BLOCK)]
     int64_t threads;
 };
 

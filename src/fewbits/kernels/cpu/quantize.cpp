@@ -450,6 +450,38 @@ void quantize_blocks_of(const Quantize4Bit& a, const Search& search) {
         quantize_blocks<BFLOAT16, how, streamed>(a, search);
 }
 
+// ------------------------------------------------------------------------------------------------ double quantization
+
+#if FEWBITS_AVX512
+// The codes of 32 steps, one in each half of a word, down a tree of comparisons with the first steps of codes.
+class CodeOfStep {
+  public:
+    explicit CodeOfStep(const uint16_t* firsts) {
+        for (int floor = 0; floor < 8; floor++)
+            for (int i = 0; i < 128; i++) floors_[floor][i] = firsts[(2 * (i % (1 << floor)) + 1) * (128 >> floor)];
+    }
+
+    INLINE_METHOD Ints operator()(Ints step) const {
+        Ints way = _mm512_setzero_si512();
+        UNROLL for (int floor = 0; floor < 8; floor++) {
+            const uint16_t* at = floors_[floor];
+            Ints first = _mm512_permutexvar_epi16(way, load_ints(at));
+            if (floor >= 6) first = _mm512_permutex2var_epi16(load_ints(at), way, load_ints(at + 32));
+            if (floor == 7) {
+                const Ints later = _mm512_permutex2var_epi16(load_ints(at + 64), way, load_ints(at + 96));
+                first = _mm512_mask_mov_epi16(first, _mm512_test_epi16_mask(way, _mm512_set1_epi16(64)), later);
+            }
+            way = _mm512_add_epi16(way, way);
+            way = _mm512_mask_add_epi16(way, _mm512_cmpge_epu16_mask(step, first), way, _mm512_set1_epi16(1));
+        }
+        return way;
+    }
+
+  private:
+    alignas(64) uint16_t floors_[8][128];  // repeated
+};
+#endif
+
 // ------------------------------------------------------------------------------------------------------------- 8 bits
 
 // LANES numbers below 128 to integers, the nearest or the even one; NaN to 0
@@ -543,6 +575,9 @@ void quantize_4bit(const Quantize4Bit& a) {
 }
 
 void quantize_absmax(const QuantizeAbsmax& a) {
+#if FEWBITS_AVX512
+    const CodeOfStep code_of_step(a.firsts);
+#endif
     parallel_for(a.threads, ceil_div(a.count, 16 * NESTED_BLOCK), [&](int64_t index) {
         const float offset = *a.offset;
         const uint8_t* table = a.steps;
@@ -561,7 +596,16 @@ void quantize_absmax(const QuantizeAbsmax& a) {
                 step = step > 0.0f ? step : 0.0f;
                 steps[i] = static_cast<int32_t>(step < 65535.0f ? step : 65535.0f);
             }
-            for (int64_t i = 0; i < count; i++) codes[first + i] = table[steps[i]];
+            int64_t i = 0;
+#if FEWBITS_AVX512
+            for (; i + 2 * LANES <= count; i += 2 * LANES) {
+                const __m256i low = _mm512_cvtepi32_epi16(load_ints(steps + i));
+                const __m256i high = _mm512_cvtepi32_epi16(load_ints(steps + i + LANES));
+                const Ints found = code_of_step(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+                put<false>(codes + first + i, _mm512_cvtepi16_epi8(found));
+            }
+#endif
+            for (; i < count; i++) codes[first + i] = table[steps[i]];
         }
     });
 }
