@@ -11,8 +11,8 @@ torch's sum over a weight's codes and scales in the same loop, the physical limi
 instruction sets that are forced in processes of their own, where torch's products have the same, in turn with the best
 one (by default avx2 and portable; none: no others).
 
-Conversions are given as bytes of bf16 a second and core (quantizing) and as a share of a copy's speed (dequantizing);
-both make new tensors.
+Conversions are given as bytes of bf16 a second and core (quantizing, by one core alone and by all, who share the
+memory) and as a share of a copy's speed (dequantizing); both make new tensors.
 
 Writes ``benchmarks/results/linear-cpu.json``.
 """
@@ -179,6 +179,18 @@ def products(
     return found
 
 
+def on_one_core(call: Call) -> Call:
+    def run(i: int) -> object:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call(i)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
     import bitsandbytes.functional as bf
 
@@ -190,6 +202,7 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
         qs = [QuantTensor.quantize(w, spec) for w in ws]
         calls: dict[str, Call] = {
             "quantize": lambda i, spec=spec: QuantTensor.quantize(ws[i % len(ws)], spec),
+            "quantize_on_one_core": on_one_core(lambda i, spec=spec: QuantTensor.quantize(ws[i % len(ws)], spec)),
             "dequantize": lambda i, qs=qs: qs[i % len(qs)].dequantize(),
             "copy": lambda i: ws[i % len(ws)].clone(),
         }
@@ -236,9 +249,12 @@ def judged_product(name: str, m: int, times: Times, forced: str | None) -> list[
 
 
 def judged_conversion(name: str, nbytes: int, times: Times) -> list[dict[str, Any]]:
-    speed = nbytes / statistics.median(times["quantize"]) * 1e6 / torch.get_num_threads()
+    us = times.medians()
+    alone = nbytes / us["quantize_on_one_core"] * 1e6
+    each = nbytes / us["quantize"] * 1e6 / torch.get_num_threads()
     return [
-        _target("quantized, bytes/s and core", speed, QUANTIZED[name], least=True),
+        _target("quantized, bytes/s on one core", alone, QUANTIZED[name], least=True),
+        _target("by each of all cores", each, QUANTIZED[name], least=True),
         _target("dequantizing, of a copy's speed", times.ratio("copy", "dequantize"), COPY, least=True),
     ]
 
