@@ -220,9 +220,10 @@ def product(op: str, x: Tensor, *args: Any) -> Any:
     """``linear_4bit``, ``linear_int8`` or a ``…_t`` by the shortest way on which nothing that listens misses it."""
     if not undisturbed(x):
         return getattr(ops, op)(x, *args)
-    if torch.is_grad_enabled() and not unrecorded(x, args[_BIAS[op]] if op in _BIAS else None):
-        return _RECORDED[op].apply(x, *args)
-    return call(op, x, *args)
+    bias = args[_BIAS[op]] if op in _BIAS else None
+    if unrecorded(x, bias):
+        return call(op, x, *args)
+    return _RECORDED[op].apply(x, *args)
 
 
 # ------------------------------------------------------------------------------------------------- fakes
