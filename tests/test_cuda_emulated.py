@@ -350,6 +350,16 @@ def test_tensors_that_lie_otherwise(cuda, spec):
 
 
 @pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
+def test_a_bias_that_lies_elsewhere_is_left_to_torch(cuda, spec, monkeypatch):
+    """A pointer to another device's memory must not reach a kernel."""
+    q, x, bias = quantized(spec, 33, 192), torch.randn(2, 192, dtype=BF16), torch.randn(33, dtype=BF16)
+    where = torch.Tensor.get_device
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 7 if self is bias else where(self))
+    assert product(cuda, x, q, bias) is NotImplemented
+    assert not Kernel.launched
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("nf4", 64, True), QuantSpec("int8")], ids=str)
 def test_another_way_is_gone_at_once(cuda, spec):
     """What was found for a shape of x holds for as long as the table of ways does."""
     q, x = quantized(spec, 33, 192), torch.randn(2, 192, dtype=BF16)

@@ -204,7 +204,9 @@ def _served(x: Tensor, columns: int, packed: Tensor, bias: Tensor | None, n: int
 
 
 def _is_bias(bias: Tensor, x: Tensor, n: int) -> bool:
-    return (bias.dtype is x.dtype or bias.dtype is torch.float32) and bias.shape == (n,)
+    """Whether the kernels add it; torch says what is wrong with one that lies elsewhere."""
+    alike = bias.dtype is x.dtype or bias.dtype is torch.float32
+    return alike and bias.shape == (n,) and bias.get_device() == x.get_device()
 
 
 class _Few(NamedTuple):
