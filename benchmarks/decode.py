@@ -44,9 +44,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linear_cuda import after_failure, message, peer_4bit, peer_8bit
+from contenders_cuda import peer_4bit, peer_8bit
 from llama import llama_config, synchronize
 from machine import facts
+from timing_cuda import after_failure, message
 from torch import Tensor, nn
 
 import fewbits

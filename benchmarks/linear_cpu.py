@@ -25,7 +25,6 @@ import json
 import logging
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import facts
+from times import Times
 from torch import Tensor
 
 from fewbits import kernels
@@ -65,17 +65,6 @@ ALIKE = {
 QUANTIZED = {"nf4-dq": 10e9, "int8": 15e9}  # bytes of bf16 a second and core
 
 Call = Callable[[int], object]
-
-
-class Times(dict[str, list[float]]):
-    """Microseconds of a call by contender, turn by turn."""
-
-    def medians(self) -> dict[str, float]:
-        return {name: statistics.median(times) for name, times in self.items()}
-
-    def ratio(self, a: str, b: str) -> float:
-        """How many times b's time a takes."""
-        return statistics.median(x / y for x, y in zip(self[a], self[b], strict=True))
 
 
 def race(calls: dict[str, Call], seconds: float, rounds: int = 7) -> Times:

@@ -4,13 +4,15 @@
     PYTHONPATH=src:.peers python benchmarks/linear.py --device cuda --shapes 6144x4096 --rows 1,16 --formats nf4
 
 What is timed is the GPU's time: each contender is one CUDA graph of calls that take copies of the weight in turn, more
-than 500 MB of them, so that no weight comes from the cache. The graph is replayed, and the median of its times divided
-by the number of calls. bitsandbytes' int8 waits for the GPU in the middle of a call when its threshold is not 0; no
-graph can hold that, so it is timed as it is called, with the host's time (``*`` in the table; the same with threshold
-0, in a graph, stands beside it).
+than 500 MB of them, so that no weight comes from the cache. For each shape and number of rows the graphs of all
+contenders are replayed in turn, each time in a new order. A time is the median of a graph's replays, divided by the
+number of calls; a ratio is the median of those of single turns. bitsandbytes' int8 waits for the GPU in the middle of a
+call when its threshold is not 0; no graph can hold that, so it is timed as it is called, with the host's time (``*`` in
+the table; the same with threshold 0, in a graph, stands beside it).
 
-``copy`` is the time in which a plain copy moves as many bytes as the packed weight has, divided by fewbits' time. The
-targets are those of ``TARGETS``. Errors are those of the graph's last output, relative to fp64 with the weight that
+``copy`` is the time in which a plain copy moves as many bytes as the packed weight has, divided by fewbits' time. int8
+is measured with an x that has no number beyond the threshold, and (``outliers``) with one that has them in six columns.
+The targets are those of ``TARGETS``. Errors are those of the graph's last output, relative to fp64 with the weight that
 fewbits' format stands for. Beside that: what a call costs the host, and quantizing and dequantizing.
 
 Writes ``benchmarks/results/linear-cuda.json``, also when it is stopped by ``--budget`` or by an error.
@@ -35,22 +37,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from contenders_cuda import CONTENDERS, DTYPE, SPECS, Contender
 from machine import facts
+from times import Times
+from timing_cuda import (
+    CALLS,
+    Call,
+    Graph,
+    after_failure,
+    as_called,
+    attempt,
+    copy_speed,
+    gpu_time,
+    host_time,
+    message,
+    race,
+    waits,
+    warm_up,
+)
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsWarning
 from fewbits.formats import QuantSpec, dequantize_inner, quantize_inner, quantized_bytes
 from fewbits.modules import install
-from fewbits.tensor import QuantTensor, linear
+from fewbits.tensor import QuantTensor
 
 Shape = tuple[int, int]
-Call = Callable[[int], Tensor]  # with a counter, by which the copies of the weight are taken in turn
 
 DEVICE = "cuda"
-DTYPE = torch.bfloat16
 ROTATE = 500_000_000  # bytes of packed weights, at least: ten times the largest cache
-CALLS, REPLAYS = 24, 8  # of a graph, at least; of each graph
+LONG_CALLS = 8  # of a graph with many rows of x
+OUTLIERS = 6  # columns of x
 HOST_TURNS = 7  # of each contender, when the host's time is measured
 CHECKED = 512  # rows of an output whose error is looked at
 SMALL: tuple[Shape, ...] = ((6144, 4096), (4096, 4096))
@@ -58,7 +75,6 @@ LARGE: tuple[Shape, ...] = ((28672, 4096), (4096, 14336))
 MORE: tuple[Shape, ...] = ((5120, 5120), (11008, 4096), (13824, 5120), (2560, 9728), (3584, 18944))
 ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192)
 CONVERTED: Shape = (14336, 8192)
-SPECS = {str(spec): spec for spec in (QuantSpec("nf4", double_quant=True), QuantSpec("nf4"), QuantSpec("int8"))}
 
 
 @dataclass(frozen=True)
@@ -66,8 +82,10 @@ class Target:
     """What is asked of a format for some shapes, from ``first`` to ``last`` rows of x.
 
     Attributes:
-        figure: "speedup" (the peer's time / ours, at least), "of_torch" (ours / bf16's, at most) or "share" (the time
-            of copying as many bytes / ours, at least).
+        figure: "speedup" (the peer's time / ours, at least), "share" (the time of copying as many bytes / ours, at
+            least), "of_torch" (ours / bf16's, at most), "of_torch_outliers" (the same with outliers in x), "of_plain"
+            (ours / that without double quantization, at most) or "error" (ours / the peer's, at most, to three digits:
+            it is that of a sample).
     """
 
     format: str
@@ -98,8 +116,12 @@ TARGETS = (
     Target("nf4-dq", SMALL + LARGE, 2048, math.inf, "of_torch", 1.08),
     Target("int8", LARGE, 1, 16, "of_torch", 0.75),
     Target("int8", SMALL + LARGE, 1, 16, "speedup", 5.0),
-    Target("int8", SMALL + LARGE, 2048, math.inf, "of_torch", 1.0),
+    Target("nf4-dq", SMALL + LARGE + MORE, 1, math.inf, "of_plain", 1.05),
+    Target("int8", SMALL + LARGE, 2048, math.inf, "of_torch", 0.85),
+    Target("int8", SMALL + LARGE, 2048, math.inf, "of_torch_outliers", 1.0),
+    *(Target(format, SMALL + LARGE + MORE, 1, math.inf, "error", 1.0) for format in ("nf4-dq", "nf4", "int8")),
 )
+AT_LEAST = ("speedup", "share")  # figures that should be large
 HOST_MORE = 12.0  # µs of the host for a call, at most, beside F.linear's
 CONVERSION_TARGETS = {"quantize nf4-dq": 8.0, "dequantize nf4-dq": 1.5}  # the peer's time / ours, at least
 
@@ -110,224 +132,21 @@ class OutOfTime(Exception):
 
 # ------------------------------------------------------------------------------------------------- the contenders
 
-
-@dataclass(frozen=True)
-class Contender:
-    """A tool, and how it multiplies.
-
-    Attributes:
-        make: from a weight, bf16 [N, K], to what the tool keeps of it; can be copied by ``copy.deepcopy``.
-        call: from that and x, bf16 [M, K], to [M, N].
-        bits: of a weight's element.
-        format: that of fewbits whose values the tool's weight has; ``None`` where it has others.
-        most_rows: above which it is left out, since it takes too long.
-        eager: it waits for the GPU, which no graph can hold.
-    """
-
-    make: Callable[[Tensor], Any]
-    call: Callable[[Any, Tensor], Tensor]
-    bits: int
-    format: str | None = None
-    most_rows: float = math.inf
-    eager: bool = False
-
-
-def peer_4bit(w: Tensor, *, double_quant: bool) -> nn.Module:
-    import bitsandbytes as bnb
-
-    n, k = w.shape
-    layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=DTYPE, device="meta")
-    weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4", compress_statistics=double_quant)
-    layer.weight = weight.to(w.device)  # which quantizes
-    return layer.eval()
-
-
-def peer_8bit(w: Tensor, *, threshold: float) -> nn.Module:
-    import bitsandbytes as bnb
-
-    n, k = w.shape
-    layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
-    codes, scales, _ = bnb.functional.int8_vectorwise_quant(w.half())  # as it does for a weight that comes from a CPU
-    layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
-    return layer.eval()
-
-
-def torch_int4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Any codes and scales: its speed does not depend on them."""
-    n, k = w.shape
-    codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=w.device)
-    packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
-    return packed, torch.full((k // 64, n, 2), 0.01, dtype=DTYPE, device=w.device)
-
-
-def int4_linear(weight: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-    packed, scales_and_zeros = weight
-    return torch.ops.aten._weight_int4pack_mm(x, packed, 64, scales_and_zeros)
-
-
-def quantized(w: Tensor, *, format: str) -> QuantTensor:
-    return QuantTensor.quantize(w, SPECS[format], known_finite=True)
-
-
-def _called(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x)
-
-
-CONTENDERS: dict[str, Contender] = {
-    "bf16": Contender(lambda w: w, lambda w, x: F.linear(x, w), 16),
-    **{
-        f"fewbits {name}": Contender(
-            functools.partial(quantized, format=name),
-            lambda weight, x: linear(x, weight),
-            8 if name == "int8" else 4,
-            name,
-        )
-        for name in SPECS
-    },
-    "bitsandbytes nf4-dq": Contender(functools.partial(peer_4bit, double_quant=True), _called, 4, "nf4-dq"),
-    "bitsandbytes nf4": Contender(functools.partial(peer_4bit, double_quant=False), _called, 4, "nf4"),
-    "bitsandbytes int8": Contender(functools.partial(peer_8bit, threshold=6.0), _called, 8, "int8", eager=True),
-    "bitsandbytes int8 t=0": Contender(functools.partial(peer_8bit, threshold=0.0), _called, 8, "int8"),
-    "torch int4": Contender(torch_int4, int4_linear, 4, None, 128),
+# what stands beside bf16, the peer and ours, by the key in a row: the contender; and its title in the table
+MORE_ROLES = {
+    "nf4": {"int4": "torch int4"},
+    "nf4-dq": {"int4": "torch int4", "plain": "fewbits nf4"},
+    "int8": {"peer_threshold_0": "bitsandbytes int8 t=0", "ours_outliers": "fewbits int8, outliers"},
 }
+TITLES = {"int4": "int4", "plain": "no dq", "peer_threshold_0": "bnb t=0", "ours_outliers": "outliers"}
 
 
 def roles(format: str) -> dict[str, str]:
     """The contenders for a format, by the key of their time in a row."""
-    beside = {"peer_threshold_0": "bitsandbytes int8 t=0"} if format == "int8" else {"int4": "torch int4"}
-    return {"torch": "bf16", "peer": f"bitsandbytes {format}", **beside, "ours": f"fewbits {format}"}
+    return {"torch": "bf16", "peer": f"bitsandbytes {format}", "ours": f"fewbits {format}", **MORE_ROLES[format]}
 
 
 # ------------------------------------------------------------------------------------------------- measuring
-
-
-@functools.cache
-def _side_stream() -> Any:
-    """One for all graphs: cuBLAS keeps a workspace for every stream that it has seen."""
-    return torch.cuda.Stream()
-
-
-def warm_up(call: Call, weights: int) -> None:
-    """On the stream of the graphs. Every weight: a tool may repack one when it is first used."""
-    stream = _side_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(weights + 3):
-            call(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-
-
-def waits(call: Call) -> bool:
-    """Whether a call waits for the GPU. A graph that is tried and fails would leave the allocator in its middle."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call(0)
-    except RuntimeError as error:
-        if "synchronizing" not in str(error):
-            raise
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return False
-
-
-def _spans(marks: list[Any]) -> list[float]:
-    """Microseconds between events, once the last has come."""
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(marks)]
-
-
-def in_a_graph(call: Call, weights: int) -> tuple[float, Tensor]:
-    """Median microseconds of a call among as many as there are weights, and the first rows that the last of them gave.
-
-    What the graph allocates is freed with it.
-    """
-    calls = max(weights, CALLS)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=_side_stream()):
-            for i in range(calls):
-                out = call(i)
-        graph.replay()
-        # all are queued behind that one without waiting, so that the GPU never stands still between them
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            graph.replay()
-            mark.record()
-        return statistics.median(_spans(marks)) / calls, out[:CHECKED].clone()
-    finally:
-        graph.reset()
-        torch.cuda.empty_cache()
-
-
-def as_called(call: Call, rounds: int = 5) -> tuple[float, Tensor]:
-    """The same without a graph, by the host's clock, the wait for the last one of each round shared by all."""
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for i in range(CALLS):
-            out = call(i)
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
-    return statistics.median(times), out[:CHECKED]
-
-
-def gpu_time(call: Callable[[], object], rounds: int = 7, calls: int = 5) -> float:
-    """Median microseconds of a call, long enough for the host to be ahead of the GPU, without a graph."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        for _ in range(calls):
-            call()
-        mark.record()
-    return statistics.median(_spans(marks)) / calls
-
-
-def host_time(call: Callable[[], object], rounds: int = 3, calls: int = 200) -> float:
-    """Median microseconds that the host spends on a call. Rounds are short: the driver's queue is, too, and waits when
-    it is full."""
-    times = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    torch.cuda.synchronize()
-    return statistics.median(times[1:])
-
-
-def copy_speed() -> float:
-    """Bytes a second, read and written, of copying 1 GiB."""
-    source = torch.ones(1 << 30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / gpu_time(lambda: target.copy_(source)) * 1e6
-
-
-def message(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
-
-
-def after_failure() -> None:
-    """Back to the stream that a failed graph may have left; raises if the GPU is beyond use."""
-    torch.cuda.set_stream(torch.cuda.default_stream())
-    torch.cuda.synchronize()
-
-
-def attempt(time_it: Callable[[Callable[[], object]], float], call: Callable[[], object]) -> float | str:
-    """The time, or why there is none."""
-    try:
-        return time_it(call)
-    except Exception as error:  # a peer's failure is a result
-        found = message(error)
-    after_failure()
-    return found
 
 
 def exact_weight(w: Tensor, format: str) -> Tensor:
@@ -336,54 +155,99 @@ def exact_weight(w: Tensor, format: str) -> Tensor:
     return dequantize_inner(inner, SPECS[format], tuple(w.shape), torch.float32).double()
 
 
+def with_outliers(x: Tensor) -> Tensor:
+    """The same with numbers beyond the threshold in ``OUTLIERS`` columns, as LLM.int8() is made for."""
+    x = x.clone()
+    x[:, :: x.shape[1] // OUTLIERS][:, :OUTLIERS] *= 10
+    return x
+
+
 def error_of(out: Tensor, x: Tensor, exact: Tensor) -> float:
     """Relative error of the first rows, in the Frobenius norm."""
     truth = x[: len(out)].double() @ exact.t()
     return float((out.double() - truth).norm() / truth.norm())
 
 
-Found = dict[tuple[str, int], dict[str, Any]]  # contender and rows → us, eager and error, or failed
+@dataclass
+class Kept:
+    """A contender's weights, and what they stand for, fp64."""
+
+    contender: Contender
+    weights: list[Any]
+    exact: Tensor | None
+
+    def call_with(self, x: Tensor) -> Call:
+        return lambda i: self.contender.call(self.weights[i % len(self.weights)], x)
 
 
-def measure_all(names: Iterable[str], w: Tensor, inputs: dict[int, Tensor], found: Found, deadline: float) -> None:
-    """Every contender with every x, into ``found``.
+@dataclass
+class Found:
+    """What was measured with one weight and one x, by contender."""
 
-    Raises:
-        OutOfTime: the deadline has passed.
-    """
+    times: Times  # of those in graphs
+    eager: dict[str, float]  # µs
+    errors: dict[str, float]
+    failed: dict[str, str]
+
+    def us(self, name: str) -> float | None:
+        return statistics.median(self.times[name]) if name in self.times else self.eager.get(name)
+
+    def ratio(self, a: str, b: str) -> float | None:
+        """How many times b's time a takes; where both took turns, by turn."""
+        if a in self.times and b in self.times:
+            return self.times.ratio(a, b)
+        us, of = self.us(a), self.us(b)
+        return None if us is None or of is None else us / of
+
+
+def prepare(names: Iterable[str], w: Tensor) -> tuple[dict[str, Kept], dict[str, str]]:
+    """Copies of the weight as each contender keeps it; of those that failed, why."""
+    kept: dict[str, Kept] = {}
+    failed: dict[str, str] = {}
+    exact = {format: exact_weight(w, format) for format in {CONTENDERS[name].format for name in names} - {None}}
     for name in names:
         contender = CONTENDERS[name]
-        weights: list[Any] = []
-        exact = None
-        for rows, x in inputs.items():
-            if time.perf_counter() > deadline:
-                raise OutOfTime
-            if rows > contender.most_rows:
-                continue
-            try:
-                if not weights:
-                    exact = None if contender.format is None else exact_weight(w, contender.format)
-                    first = contender.make(w)
-                    copies = ROTATE // (w.numel() * contender.bits // 8)
-                    weights = [first, *(copy.deepcopy(first) for _ in range(copies))]
-                found[name, rows] = measure(contender, weights, x, exact)
-                continue
-            except Exception as error:  # a peer's failure is a result
-                found[name, rows] = {"failed": message(error)}
+        try:
+            first = contender.make(w)
+            copies = ROTATE // (w.numel() * contender.bits // 8)
+            weights = [first, *(copy.deepcopy(first) for _ in range(copies))]
+            kept[name] = Kept(contender, weights, exact.get(contender.format))
+        except Exception as error:  # a peer's failure is a result
+            failed[name] = message(error)
             after_failure()
-        del weights, exact
+    return kept, failed
+
+
+def measure(kept: dict[str, Kept], x: Tensor) -> Found:
+    """All contenders that take so many rows of x."""
+    found = Found(Times(), {}, {}, {})
+    graphs: dict[str, Graph] = {}
+    inputs = {False: x, True: with_outliers(x)}
+    outs: dict[str, Tensor] = {}
+    try:
+        for name, one in kept.items():
+            if len(x) > one.contender.most_rows:
+                continue
+            call, count = one.call_with(inputs[one.contender.outliers]), len(one.weights)
+            try:
+                warm_up(call, count)
+                if one.contender.eager or waits(call):
+                    found.eager[name], outs[name] = as_called(call)
+                else:
+                    graphs[name] = Graph(call, max(count, CALLS if len(x) <= 512 else LONG_CALLS))
+            except Exception as error:  # a peer's failure is a result
+                found.failed[name] = message(error)
+                after_failure()
+        found.times = race(graphs)
+        outs |= {name: graph.out for name, graph in graphs.items()}
+        for name, out in outs.items():
+            if (exact := kept[name].exact) is not None:
+                found.errors[name] = error_of(out[:CHECKED], inputs[kept[name].contender.outliers], exact)
+    finally:
+        for graph in graphs.values():
+            graph.free()
         torch.cuda.empty_cache()
-
-
-def measure(contender: Contender, weights: list[Any], x: Tensor, exact: Tensor | None) -> dict[str, Any]:
-    def call(i: int) -> Tensor:
-        return contender.call(weights[i % len(weights)], x)
-
-    warm_up(call, len(weights))
-    eager = contender.eager or waits(call)
-    microseconds, out = as_called(call) if eager else in_a_graph(call, len(weights))
-    error = {} if exact is None else {"error": error_of(out, x, exact)}
-    return {"us": microseconds, "eager": eager, **error}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- rows and targets
@@ -392,17 +256,22 @@ def measure(contender: Contender, weights: list[Any], x: Tensor, exact: Tensor |
 def make_row(shape: Shape, format: str, rows: int, found: Found, speed: float) -> dict[str, Any]:
     """A row of the result: microseconds a call by role (``None`` where there is none), ratios, and the targets."""
     names = roles(format)
-    results = {role: found.get((name, rows), {}) for role, name in names.items()}
-    times: dict[str, Any] = {role: one.get("us") for role, one in results.items()}
     limit = quantized_bytes(SPECS[format], shape) / speed * 1e6
-    row: dict[str, Any] = {"shape": list(shape), "format": format, "rows": rows, **times, "limit": limit}
-    ours, peer, torch_time = (times[role] for role in ("ours", "peer", "torch"))
-    row["speedup"] = None if ours is None or peer is None else peer / ours
-    row["of_torch"] = None if ours is None or torch_time is None else ours / torch_time
-    row["share"] = None if ours is None else limit / ours
-    row["errors"] = {role: one["error"] for role, one in results.items() if "error" in one}
-    row["eager"] = [role for role, one in results.items() if one.get("eager")]
-    row["failed"] = {names[role]: one["failed"] for role, one in results.items() if "failed" in one}
+    row: dict[str, Any] = {"shape": list(shape), "format": format, "rows": rows}
+    row |= {role: found.us(name) for role, name in names.items()}
+    row["limit"] = limit
+    row["speedup"] = found.ratio(names["peer"], names["ours"])
+    row["of_torch"] = found.ratio(names["ours"], names["torch"])
+    if "ours_outliers" in names:
+        row["of_torch_outliers"] = found.ratio(names["ours_outliers"], names["torch"])
+    if "plain" in names:
+        row["of_plain"] = found.ratio(names["ours"], names["plain"])
+    row["share"] = None if row["ours"] is None else limit / row["ours"]
+    row["errors"] = {role: found.errors[name] for role, name in names.items() if name in found.errors}
+    row["eager"] = [role for role, name in names.items() if name in found.eager]
+    row["failed"] = {name: found.failed[name] for name in names.values() if name in found.failed}
+    errors = row["errors"]
+    row["error"] = round(errors["ours"] / errors["peer"], 3) if {"ours", "peer"} <= errors.keys() else None
     row["targets"] = [
         judged(t.figure, row[t.figure], t.bound)
         for t in TARGETS
@@ -415,22 +284,27 @@ def judged(figure: str, value: float, bound: float) -> dict[str, Any]:
     return {
         "figure": figure,
         "bound": bound,
-        "met": value <= bound if figure in ("of_torch", "more") else value >= bound,
+        "met": value >= bound if figure in AT_LEAST else value <= bound,
     }
 
 
 def said(target: dict[str, Any]) -> str:
     """A target in words."""
-    figure, bound = target["figure"], target["bound"]
-    if figure == "share":
-        return f"copy ≥ {bound:.0%}"
-    if figure == "more":
-        return f"µs more than torch's ≤ {bound:g}"
-    return f"bnb/ours ≥ {bound:g}" if figure == "speedup" else f"ours/bf16 ≤ {bound:g}"
+    words = {
+        "speedup": "bnb/ours ≥ {:g}",
+        "share": "copy ≥ {:.0%}",
+        "of_torch": "ours/bf16 ≤ {:g}",
+        "of_torch_outliers": "with outliers/bf16 ≤ {:g}",
+        "of_plain": "dq/fp32 scales ≤ {:g}",
+        "error": "error/bnb's ≤ {:g}",
+        "more": "µs more than torch's ≤ {:g}",
+    }
+    return words[target["figure"]].format(target["bound"])
 
 
 def verdict(row: dict[str, Any]) -> str:
-    return ", ".join(f"{said(target)} {'ok' if target['met'] else 'MISSED'}" for target in row["targets"])
+    missed = [said(target) for target in row["targets"] if not target["met"]]
+    return "missed: " + ", ".join(missed) if missed else "ok" if row["targets"] else ""
 
 
 def cell(value: Any, form: str, width: int) -> str:
@@ -441,15 +315,16 @@ def cell(value: Any, form: str, width: int) -> str:
 def show(rows: list[dict[str, Any]]) -> None:
     """The table of one shape and format."""
     (n, k), name = rows[0]["shape"], rows[0]["format"]
-    beside, title = ("peer_threshold_0", "bnb t=0") if name == "int8" else ("int4", "int4")
+    titles = {"torch": "bf16", "peer": "bnb", "ours": "ours"} | {role: TITLES[role] for role in MORE_ROLES[name]}
     print(f"\n{n}×{k} {name}, {rows[0]['limit']:.1f} µs to copy as many bytes")
-    print(f"{'rows':>5}{'bf16':>9}{'bnb':>9}{title:>9}{'ours':>9}{'bnb/ours':>10}{'ours/bf16':>10}{'copy':>6}")
+    heads = "".join(f"{title:>9}" for title in titles.values())
+    print(f"{'rows':>5}{heads}{'bnb/ours':>10}{'ours/bf16':>10}{'copy':>6}{'error':>7}")
     for row in rows:
         line = f"{row['rows']:>5}"
-        for role in ("torch", "peer", beside, "ours"):
+        for role in titles:
             line += cell(row[role], ".1f", 8) + ("*" if role in row["eager"] else " ")
         line += cell(row["speedup"], ".2f", 9) + cell(row["of_torch"], ".2f", 10) + cell(row["share"], ".0%", 6)
-        print(f"{line}  {verdict(row)}".rstrip())
+        print(f"{line}{cell(row['error'], '.3f', 7)}  {verdict(row)}".rstrip())
     for role, title in (("ours", "ours"), ("peer", "bnb")):
         if errors := [row["errors"][role] for row in rows if role in row["errors"]]:
             worst = max(errors, key=lambda error: (math.isnan(error), error))
@@ -487,7 +362,7 @@ def host_times(shape: Shape, only_ours: bool) -> dict[str, dict[str, float | str
     result: dict[str, dict[str, float | str]] = {}
     calls: dict[str, Callable[[], object]] = {}
     for name in CONTENDERS:
-        if name == "torch int4" or (only_ours and name.startswith("bitsandbytes")):
+        if name == "torch int4" or CONTENDERS[name].outliers or (only_ours and name.startswith("bitsandbytes")):
             continue
         try:
             calls |= eager_calls(name, w, x)
@@ -638,13 +513,18 @@ def run(args: argparse.Namespace, result: dict[str, Any], deadline: float) -> No
     for n, k in args.shapes:
         w = torch.randn(n, k, device=DEVICE, dtype=DTYPE, generator=generator) * 0.02
         inputs = {m: torch.randn(m, k, device=DEVICE, dtype=DTYPE, generator=generator) for m in args.rows}
-        found: Found = {}
+        kept, failed = prepare(names, w)
+        found: dict[int, Found] = {}
         try:
-            measure_all(names, w, inputs, found, deadline)
+            for m, x in inputs.items():
+                if time.perf_counter() > deadline:
+                    raise OutOfTime
+                found[m] = measure(kept, x)
+                found[m].failed |= failed
         finally:
             for format in args.formats:
-                rows = [make_row((n, k), format, m, found, speed) for m in args.rows]
-                if rows := [row for row in rows if row["ours"] is not None or row["failed"]]:
+                rows = [make_row((n, k), format, m, one, speed) for m, one in found.items()]
+                if rows:
                     show(rows)
                     result["rows"] += rows
 

@@ -250,6 +250,28 @@ def test_hundreds_of_rows_by_shapes(cuda, shape, spec, rows, n, k, dtype, bias, 
         assert not counters.any()
 
 
+@pytest.mark.parametrize("limits", [(4, 230_400)])
+@pytest.mark.parametrize(("format", "nested", "dtype"), [
+    ("nf4", True, BF16), ("nf4", False, BF16), ("fp4", False, BF16), ("nf4", True, FP16)
+], ids=str)  # fmt: skip
+def test_values_of_many_rows_are_those_that_dequantizing_rounds(cuda, format, nested, dtype, monkeypatch):
+    """Tables of nf4 hold halves: rounded to bf16, all are the same but for some in a hundred, and zero is zero."""
+    monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(256, 2, 1))
+    n, k = 128, 256
+    w = torch.randn(n, k)
+    w[torch.rand_like(w) < 0.1] = 0
+    q = QuantTensor.quantize(w, QuantSpec(format, 64, nested))
+    with use_way("wide"):
+        out = product(cuda, torch.eye(k, dtype=dtype), q).t()
+    assert Kernel.launched == {"wide.cu"}
+    exact = q.dequantize()
+    assert torch.equal(out == 0, exact == 0)
+    differ = (out != exact.to(dtype)).double().mean()
+    assert differ <= (0.03 if (format, dtype) == ("nf4", BF16) else 0.0)
+    table = 7e-5 * w.abs().amax() if dtype == BF16 else 0.0
+    assert ((out.double() - exact.double()).abs() <= exact.abs() * 2.0**-8 + table).all()
+
+
 @pytest.mark.parametrize("columns", [0, 3, 70], ids=lambda n: f"{n}_columns_with_outliers")
 @pytest.mark.parametrize(
     ("shape", "rows", "n", "k", "dtype"),

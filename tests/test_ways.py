@@ -75,9 +75,10 @@ def test_the_quickest_is_what_was_measured_to_be(gpu, rows, n, k, way):
 def test_many_rows_go_where_tiles_fill_the_gpu(gpu, monkeypatch):
     monkeypatch.setattr(ways, "_processors", lambda device: 132)
     assert first("4-bit", 1024, n=1024) == "wide"
-    # 8 x 8 tiles of 132, 8 x 40 of 264 + 132, 8 x 32 of 264, 9 x 32 of 396
-    assert [first("4-bit", m, n=n) for m, n in ((2048, 1024), (2048, 5120), (2048, 4096), (2049, 4096))] == [
-        "dequantize", "dequantize", "wide", "dequantize",
+    # 8 x 8 tiles of 132, 8 x 40 of 264 + 132, 8 x 32 of 264, 9 x 32 of 396, 16 x 32 of 528
+    shapes = (2048, 1024), (2048, 5120), (2048, 4096), (2049, 4096), (4096, 4096), (4097, 4096)
+    assert [first("4-bit", m, n=n) for m, n in shapes] == [
+        "dequantize", "dequantize", "wide", "dequantize", "wide", "dequantize",
     ]  # fmt: skip
     keep(0, {("4-bit", 1024, 4096): ((MOST, "wide"),)})
     assert first("4-bit", 2048, n=1024) == "wide"

@@ -28,7 +28,7 @@ MOST = 1 << 62
 Steps = tuple[tuple[int, str], ...]  # up to so many rows of x: this way; ascending, to MOST
 
 _HOPPER: dict[str, Steps] = {  # measured on an H200
-    "4-bit": ((8, "decode"), (256, QUICKEST), (2048, "wide"), (MOST, "dequantize")),
+    "4-bit": ((8, "decode"), (256, QUICKEST), (4096, "wide"), (MOST, "dequantize")),
     "int8": ((32, "decode"), (MOST, "wide")),
 }
 _OTHERS: dict[str, Steps] = {
@@ -37,7 +37,7 @@ _OTHERS: dict[str, Steps] = {
 }
 TABLE: dict[tuple[int, int], dict[str, Steps]] = {(9, 0): _HOPPER}
 # In 4 bits with more rows than these, "wide" pays only where its tiles of 128 by 256 fill that share of the processors'
-# rounds (measured on an H200, eleven shapes)
+# rounds (measured on an H200, eleven shapes, up to 4096 rows)
 _ANY_TILES, _FILLED = 1024, 0.86
 _forced: str | None = None
 generation = 0  # changes whenever the answers of ways may
