@@ -533,10 +533,10 @@ MUTATIONS = {
     ),
     "scales are read before they are there": ("skinny_4bit.cu", "value[3]);\n    __syncwarp();", "value[3]);"),
     "outliers are read before they are gathered": (
-        "wide.cu", "int t) {\n    gathered->wait(parts_taken & 1);\n    __syncwarp();\n", "int t) {\n",
+        "wide.cu", "int t) {\n    await_outliers();\n", "int t) {\n",
     ),
     "outliers are gathered over those that are still read": (
-        "wide.cu", "        if (fill > 0) taken->wait(fill & 1 ^ 1);\n", "",
+        "wide.cu", "        if (fill > 1) taken[buffer].wait(fill >> 1 & 1 ^ 1);\n", "",
     ),
 }  # fmt: skip
 
@@ -577,12 +577,12 @@ def test_a_missing_wait_is_found(cuda, mutation, monkeypatch, tmp_path):
         monkeypatch.setattr(cuda_shapes, "decode_shape", lambda *_: cuda_shapes.DecodeShape(2, 2))
     monkeypatch.setattr(cuda_shapes, "skinny_shape", lambda *_: cuda_shapes.SkinnyShape(2, split))
     if "outliers" in mutation:
-        spec, (rows, n, k) = QuantSpec("int8"), (70, 300, 144)
+        spec, (rows, n, k) = QuantSpec("int8"), (40, 100, 16) if "are read" in mutation else (70, 300, 144)
         monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(64, 2, 1))
     q, x = quantized(spec, n, k), torch.randn(rows, k, dtype=BF16)
     if "outliers" in mutation:
         x[:, 5:8] *= 50
-    for _ in range(10):
+    for _ in range(40):
         try:
             with use_way(way):
                 check(product(cuda, x, q), x, q, None)

@@ -90,11 +90,11 @@ struct Decoded {
 };
 typedef u32 Operand[4][4];  // of 64 columns of the weight
 
-// Columns of outliers: a row of x has its 16 numbers in the first two pieces of 16 bytes of a line, as second_operand says.
-// In the two after these are the weight's codes, of 16 columns of the rows `line` and, where there are as many,
-// `line` + TILE_M.
+// Columns of outliers, of one part in the first half of the lines and of the next in the second: a row of x has its 16
+// numbers in two pieces of 16 bytes of a line, as second_operand says. In the two after these are the weight's codes, of
+// 16 columns of the rows `line` and, where there are as many, `line` + TILE_M.
 DEVICE int piece_of_line(int line, int piece) { return line * 128 + ((piece ^ line) & 7) * 16; }
-DEVICE int codes_of_row(int row) { return piece_of_line(row % TILE_M, 2 + row / TILE_M); }
+DEVICE int codes_of_row(int buffer, int row) { return piece_of_line(row % TILE_M, buffer * 4 + 2 + row / TILE_M); }
 
 #if BITS == 4
 
@@ -202,9 +202,9 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   float* dynamic = slot_scales + STAGES * SCALE_BYTES / 4;
   Barrier* full = (Barrier*)((u8*)dynamic + DYNAMIC_BYTES);
   Barrier* free = full + STAGES;
-  [[maybe_unused]] Barrier* gathered = free + STAGES;  // columns of outliers for a part
-  [[maybe_unused]] Barrier* taken = gathered + 1;
-  u32* last_to_come = (u32*)(taken + 1);
+  [[maybe_unused]] Barrier* gathered = free + STAGES;  // columns of outliers, by buffer
+  [[maybe_unused]] Barrier* taken = gathered + 2;
+  u32* last_to_come = (u32*)(taken + 2);
   const u32 ring_address = shared_address(ring);
   auto x_address = [&](int slot) { return ring_address + slot * (X_BYTES + CODE_BYTES); };
   int slot = 0;
@@ -221,10 +221,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
       full[s].init(1 + (BITS == 4 ? PRODUCERS / 32 : 0));
       free[s].init(CONSUMERS / 32);
     }
-  if (BITS == 8 && thread == 0) {
-    gathered->init(GATHERERS / 32);
-    taken->init(CONSUMERS / 32);
-  }
+  if (BITS == 8 && thread == 0)
+    for (int buffer = 0; buffer < 2; buffer++) {
+      gathered[buffer].init(GATHERERS / 32);
+      taken[buffer].init(CONSUMERS / 32);
+    }
   if (thread == 0) show_matrix_units();  // and the copy engine: that there are barriers
 #if BITS == 4 && NESTED
   if (thread < 256) dynamic[thread] = a.dynamic[thread];
@@ -246,18 +247,20 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 #pragma unroll
       for (int j = 0; j < 8; j++) column[j] = half * 8 + j < outliers ? a.outliers[1 + half * 8 + j] : -1;
       if (halves == 1)
-        for (int row = gatherer; row < SHARE; row += GATHERERS)
-          store_for_matrix_units(shared_address(exact) + piece_of_line(row, 1), make_uint4(0, 0, 0, 0));
-      // for each part, and in the end once more for the one whose sums were left for the last of its blocks
-      const int fills = parts + (parts > whole + 1 && !is_tile(part_of(whole)));
-      auto place_of_fill = [&](int fill) { return place_of(part_of(fill < parts ? fill : whole).tile); };
+        for (int i = gatherer; i < SHARE * 2; i += GATHERERS)
+          store_for_matrix_units(shared_address(exact) + piece_of_line(i / 2, i % 2 * 4 + 1), make_uint4(0, 0, 0, 0));
+      // the part whose sums are left for the last of its blocks comes at the end
+      const int last = parts > whole + 1 && !is_tile(part_of(whole)) ? whole : parts;
+      auto place_of_fill = [&](int fill) {
+        return place_of(part_of(fill < last ? fill : fill + 1 < parts ? fill + 1 : last).tile);
+      };
       auto weight_row = [&](const Place& place, int row) {
         return a.packed + (long long)min(place.weight_row + row, a.n - 1) * a.k;
       };
-      for (int fill = 0; fill < fills; fill++) {
+      for (int fill = 0; fill < parts; fill++) {
         const Place place = place_of_fill(fill);
-        const int x_row = place.x_row + (SPLIT > 1 ? blockIdx.x % SPLIT * SHARE : 0);
-        if (fill > 0) taken->wait(fill & 1 ^ 1);
+        const int x_row = place.x_row + (SPLIT > 1 ? blockIdx.x % SPLIT * SHARE : 0), buffer = fill & 1;
+        if (fill > 1) taken[buffer].wait(fill >> 1 & 1 ^ 1);
 #pragma unroll 1
         for (int i = gatherer; i < SHARE * halves; i += GATHERERS) {
           const int row = i / halves;
@@ -267,7 +270,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
             const int code = column[j] < 0 ? 0 : (signed char)a.x[at * a.x_stride + column[j]];
             return column[j] < 0 ? 0.0f : widened(a.exact[at * a.exact_stride + column[j]]) - code * scale;
           };
-          store_for_matrix_units(shared_address(exact) + piece_of_line(row, half),
+          store_for_matrix_units(shared_address(exact) + piece_of_line(row, buffer * 4 + half),
                                  make_uint4(pair_of_two(lost(0), lost(1)), pair_of_two(lost(2), lost(3)),
                                             pair_of_two(lost(4), lost(5)), pair_of_two(lost(6), lost(7))));
         }
@@ -277,11 +280,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
           u32 codes[2] = {0, 0};
 #pragma unroll
           for (int j = 0; j < 8; j++) codes[j / 4] |= (column[j] < 0 ? 0u : from[column[j]]) << j % 4 * 8;
-          *(uint2*)(exact + codes_of_row(i / halves) + half * 8) = make_uint2(codes[0], codes[1]);
+          *(uint2*)(exact + codes_of_row(buffer, i / halves) + half * 8) = make_uint2(codes[0], codes[1]);
         }
         show_matrix_units();
         __syncwarp();
-        if (lane == 0) gathered->arrive();
+        if (lane == 0) gathered[buffer].arrive();
       }
       return;
     }
@@ -430,7 +433,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   wait_for_previous_kernel();
   const int outliers = a.outliers[0];  // columns that have any
   const bool gathering = outliers > 0 && outliers <= MOST_OUTLIERS;
-  int parts_taken = 0;
+  int fill = 0;  // of a buffer with columns of outliers, that is used next
 
   // The pieces of 16 columns of 8 rows lie as second_operand says: a thread finds two neighbours, and those 8 further.
   struct Codes {
@@ -464,22 +467,25 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 #endif
 
 #if BITS == 8
-  auto leave_outliers = [&] {  // of a part, or what has been done with them
-    if (lane == 0) taken->arrive();
-    parts_taken++;
+  auto await_outliers = [&] {
+    gathered[fill & 1].wait(fill >> 1 & 1);
+    __syncwarp();
+  };
+  auto leave_outliers = [&] {  // or what has been done with them
+    if (lane == 0) taken[fill & 1].arrive();
+    fill++;
   };
   // What x lost in columns with outliers, times the weight's codes, is added to sums of so many rows of x.
   auto add_outliers = [&](auto& sums, int warp, int g, int t) {
-    gathered->wait(parts_taken & 1);
-    __syncwarp();
+    await_outliers();
     u32 operand[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const u8* two = exact + codes_of_row(warp * 16 + g + i % 2 * 8) + t * 2 + i / 2 * 8;
+      const u8* two = exact + codes_of_row(fill & 1, warp * 16 + g + i % 2 * 8) + t * 2 + i / 2 * 8;
       operand[i] = pair_of_two((signed char)two[0], (signed char)two[1]);
     }
     begin_products();
-    multiply_16(sums, operand, second_operand(shared_address(exact)), 1);
+    multiply_16(sums, operand, second_operand(shared_address(exact) + (fill & 1) * 64), 1);
     commit_products();
     wait_for_products<0>();
     sums_are_there(sums);
@@ -488,8 +494,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   };
   auto skip_outliers = [&] {
     if (!gathering) return;
-    gathered->wait(parts_taken & 1);  // or a later wait would take these for its own
-    __syncwarp();
+    await_outliers();  // or a later wait would take these for its own
     leave_outliers();
   };
 #else
@@ -601,7 +606,6 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
       if (index + 1 < parts && shared_tile.first != shared_tile.last) {
         came_before = leave_part<CONSUMERS>(sums, shared_tile);
         left_part = index;
-        skip_outliers();
       } else if (all_added<CONSUMERS, 1>(sums, shared_tile)) {
         give_out(sums, place, TILE_M);
       } else {
