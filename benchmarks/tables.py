@@ -86,8 +86,8 @@ def linear_gpu() -> str:
     def cell(row: dict | None) -> str:
         if row is None or row["ours"] is None:
             return ""
-        peer = "" if row["peer"] is None else f"{row['peer'] / row['ours']:.1f}"
-        return f"{row['ours']:.1f} ({row['torch'] / row['ours']:.2f}, {peer})"
+        peer = "" if row["speedup"] is None else f"{row['speedup']:.1f}"
+        return f"{row['ours']:.1f} ({1 / row['of_torch']:.2f}, {peer})"
 
     return _table(
         ("µs (bf16's time and bitsandbytes' as multiples)", "rows of x", *(f"{n} × {k}" for n, k in shapes)),
