@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import ConfigError
-from fewbits.kernels import conversion, from_files, ops
+from fewbits.kernels import conversion, from_files
 from fewbits.kernels.reference import NESTED_BLOCK, decode_absmax
 from fewbits.memory import Arena, FilePart
 
@@ -139,8 +139,8 @@ def quantized_bytes(spec: QuantSpec, shape: torch.Size | tuple[int, ...]) -> int
 def quantize_inner(w: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     """Quantize a floating-point tensor of any shape to the inner tensors of ``spec``, on its own device."""
     if not FORMATS[spec.format].blocked:
-        return _inner(spec, w.shape, *ops.quantize_int8(w))
-    return _inner(spec, w.shape, *ops.quantize_4bit(w, spec.format, spec.block_size))
+        return _inner(spec, w.shape, *conversion("quantize_int8", w))
+    return _inner(spec, w.shape, *conversion("quantize_4bit", w, spec.format, spec.block_size))
 
 
 def quantize_inner_from(w: FilePart, spec: QuantSpec, arena: Arena) -> tuple[dict[str, Tensor], float]:
@@ -168,9 +168,11 @@ def quantize_inner_from(w: FilePart, spec: QuantSpec, arena: Arena) -> tuple[dic
 def _inner(spec: QuantSpec, shape: tuple[int, ...], packed: Tensor, absmax: Tensor) -> dict[str, Tensor]:
     inner = {"packed": packed, "absmax": absmax}
     if spec.double_quant and FORMATS[spec.format].blocked:
-        inner["absmax"], inner["nested_absmax"], inner["nested_offset"] = ops.quantize_absmax(absmax)
-    shapes = inner_shapes(spec, shape)
-    return {name: tensor.view(shapes[name][1]) for name, tensor in inner.items()}
+        inner["absmax"], inner["nested_absmax"], inner["nested_offset"] = conversion("quantize_absmax", absmax)
+    for name, (_, inner_shape) in inner_shapes(spec, shape).items():
+        if list(inner[name].shape) != inner_shape:
+            inner[name] = inner[name].view(inner_shape)
+    return inner
 
 
 def dequantize_inner(

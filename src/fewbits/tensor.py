@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -113,8 +114,8 @@ class QuantTensor(torch.Tensor):
         with torch.no_grad():
             result = cls.from_inner({**quantize_inner(w.detach(), spec)}, spec, w.shape, w.dtype, label=label)
         if not w.is_meta and not known_finite:
-            mean = result.nested_offset  # of all scales: not finite if one of them is not
-            if not bool(scales_finite(result) if mean is None else mean.isfinite()):
+            mean = result.nested_offset  # of all scales: not finite if one of them is not, as the largest
+            if not math.isfinite((result.absmax.max() if mean is None else mean).item()):
                 raise not_finite(label, spec)
         return result
 

@@ -37,6 +37,10 @@ void for_parts(const Source& w, int64_t count, int64_t unit, int64_t threads, Fo
     });
 }
 
+// How what is read once is fetched: to the first-level cache alone, so that scales stay in the others, and what the
+// caller works with.
+constexpr int ONCE = 0;
+
 // Results of so many bytes and more go past the caches, which they would only leave for others: so the memory that they
 // replace is not read first.
 constexpr int64_t STREAMED = 1 << 21;
@@ -394,7 +398,7 @@ int64_t quantize_batches(const Quantize4Bit& a, const Search& search, int64_t bl
             const Floats even = splat(per_factors[block]), odd = even * splat(65536);
             __mmask32 unsure = 0;
             UNROLL for (int i = 0; i < VECTORS; i++) {
-                __builtin_prefetch(from + i * 64 + AHEAD);
+                __builtin_prefetch(from + i * 64 + AHEAD, 0, ONCE);
                 const Ints codes = search.by_integer((Words)load_ints(from + i * 64), even, odd, unsure);
                 const Ints pairs = _mm512_madd_epi16(codes, _mm512_set1_epi32(1 << 16 | 16));  // the first times 16
                 put<streamed>(packed + i * 16, _mm512_cvtepi32_epi8(pairs));
@@ -502,6 +506,8 @@ INLINE Floats rounded_to_f16(Floats v) {
     return load_f16(halves);
 }
 
+constexpr int64_t ROW_IN_CACHE = 8192;  // bytes, of which two fit into a first-level cache
+
 template <int64_t dtype, bool exact, bool streamed>
 void quantize_row_as(const void* w, int64_t first, int64_t count, int8_t* q, float scale) {
     int64_t i = 0;
@@ -509,8 +515,10 @@ void quantize_row_as(const void* w, int64_t first, int64_t count, int8_t* q, flo
     const auto integers = [&](Floats v) __attribute__((always_inline)) {
         return _mm512_cvtps_epi32((exact ? v : rounded_to_f16(v)) * splat(scale));
     };
+    const bool near = count * size_of(dtype) <= ROW_IN_CACHE;
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
-        __builtin_prefetch(static_cast<const char*>(w) + size_of(dtype) * (first + i + count));  // of the next row
+        const char* next = static_cast<const char*>(w) + size_of(dtype) * (first + i + count);  // of the next row
+        near ? __builtin_prefetch(next, 0, ONCE) : __builtin_prefetch(next);
         if (dtype == BFLOAT16) {
             const Words both = (Words)load_ints(static_cast<const char*>(w) + 2 * (first + i));
             const Ints even = integers((Floats)(both << 16)), odd = integers((Floats)(both & ~0xffff));
