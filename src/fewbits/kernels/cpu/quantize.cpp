@@ -465,20 +465,25 @@ class CodeOfStep {
             for (int i = 0; i < 128; i++) floors_[floor][i] = firsts[(2 * (i % (1 << floor)) + 1) * (128 >> floor)];
     }
 
-    INLINE_METHOD Ints operator()(Ints step) const {
-        Ints way = _mm512_setzero_si512();
+    // Some vectors go down at once: on each floor a look-up and a comparison wait for those above.
+    template <int N>
+    INLINE_METHOD void operator()(const Ints (&steps)[N], Ints (&ways)[N]) const {
+        UNROLL for (int i = 0; i < N; i++) ways[i] = _mm512_setzero_si512();
         UNROLL for (int floor = 0; floor < 8; floor++) {
             const uint16_t* at = floors_[floor];
-            Ints first = _mm512_permutexvar_epi16(way, load_ints(at));
-            if (floor >= 6) first = _mm512_permutex2var_epi16(load_ints(at), way, load_ints(at + 32));
-            if (floor == 7) {
-                const Ints later = _mm512_permutex2var_epi16(load_ints(at + 64), way, load_ints(at + 96));
-                first = _mm512_mask_mov_epi16(first, _mm512_test_epi16_mask(way, _mm512_set1_epi16(64)), later);
+            UNROLL for (int i = 0; i < N; i++) {
+                const Ints way = ways[i];
+                Ints first = _mm512_permutexvar_epi16(way, load_ints(at));
+                if (floor >= 6) first = _mm512_permutex2var_epi16(load_ints(at), way, load_ints(at + 32));
+                if (floor == 7) {
+                    const Ints later = _mm512_permutex2var_epi16(load_ints(at + 64), way, load_ints(at + 96));
+                    first = _mm512_mask_mov_epi16(first, _mm512_test_epi16_mask(way, _mm512_set1_epi16(64)), later);
+                }
+                const __mmask32 above = _mm512_cmpge_epu16_mask(steps[i], first);
+                const Ints twice = _mm512_add_epi16(way, way);
+                ways[i] = _mm512_mask_add_epi16(twice, above, twice, _mm512_set1_epi16(1));
             }
-            way = _mm512_add_epi16(way, way);
-            way = _mm512_mask_add_epi16(way, _mm512_cmpge_epu16_mask(step, first), way, _mm512_set1_epi16(1));
         }
-        return way;
     }
 
   private:
@@ -582,6 +587,35 @@ void quantize_4bit(const Quantize4Bit& a) {
     streams(a.packed, a.count / 2, a.block_size) ? blocks(std::true_type()) : blocks(std::false_type());
 }
 
+#if FEWBITS_AVX512
+// A whole block: its codes, and the largest of its differences from the offset.
+INLINE float quantize_nested_block(const float* absmax, float offset, const CodeOfStep& code_of_step, uint8_t* codes) {
+    constexpr int VECTORS = NESTED_BLOCK / LANES;
+    Floats v[VECTORS];
+    UNROLL for (int i = 0; i < VECTORS; i++) v[i] = load(absmax + i * LANES) - splat(offset);
+    Ints largest = _mm512_setzero_si512();  // bits without a sign are in the order of the values, with NaN last
+    UNROLL for (int i = 0; i < VECTORS; i++)
+        largest = _mm512_max_epi32(largest, _mm512_and_si512((Ints)v[i], _mm512_set1_epi32(0x7fffffff)));
+    const float nested = from_bits(_mm512_reduce_max_epi32(largest));
+    const Floats factor = splat(1.0f / nested);
+    const auto step_of = [&](Floats value) __attribute__((always_inline)) {
+        const Floats step = (value * factor + splat(1)) * splat(32767.5f) + splat(0.5f);
+        return _mm512_cvttps_epi32(_mm512_min_ps(_mm512_max_ps(step, splat(0)), splat(65535)));
+    };
+    Halves low_halves;
+    for (int i = 0; i < 2 * LANES; i++) low_halves[i] = static_cast<int16_t>(2 * i);
+    constexpr int AT_ONCE = 4;
+    for (int i = 0; i < VECTORS; i += 2 * AT_ONCE) {
+        Ints steps[AT_ONCE], found[AT_ONCE];
+        UNROLL for (int j = 0; j < AT_ONCE; j++)
+            steps[j] = _mm512_permutex2var_epi16(step_of(v[i + 2 * j]), (Ints)low_halves, step_of(v[i + 2 * j + 1]));
+        code_of_step(steps, found);
+        UNROLL for (int j = 0; j < AT_ONCE; j++) put<false>(codes + (i + 2 * j) * LANES, _mm512_cvtepi16_epi8(found[j]));
+    }
+    return nested;
+}
+#endif
+
 void quantize_absmax(const QuantizeAbsmax& a) {
 #if FEWBITS_AVX512
     const CodeOfStep code_of_step(a.firsts);
@@ -593,6 +627,13 @@ void quantize_absmax(const QuantizeAbsmax& a) {
         const int64_t end = least((index + 1) * 16 * NESTED_BLOCK, a.count);
         for (int64_t first = index * 16 * NESTED_BLOCK; first < end; first += NESTED_BLOCK) {
             const int64_t count = least(NESTED_BLOCK, end - first);
+#if FEWBITS_AVX512
+            if (count == NESTED_BLOCK) {
+                a.nested_absmax[first / NESTED_BLOCK] =
+                    quantize_nested_block(a.absmax + first, offset, code_of_step, codes + first);
+                continue;
+            }
+#endif
             float values[NESTED_BLOCK];
             int32_t steps[NESTED_BLOCK];
             for (int64_t i = 0; i < count; i++) values[i] = a.absmax[first + i] - offset;
@@ -604,16 +645,7 @@ void quantize_absmax(const QuantizeAbsmax& a) {
                 step = step > 0.0f ? step : 0.0f;
                 steps[i] = static_cast<int32_t>(step < 65535.0f ? step : 65535.0f);
             }
-            int64_t i = 0;
-#if FEWBITS_AVX512
-            for (; i + 2 * LANES <= count; i += 2 * LANES) {
-                const __m256i low = _mm512_cvtepi32_epi16(load_ints(steps + i));
-                const __m256i high = _mm512_cvtepi32_epi16(load_ints(steps + i + LANES));
-                const Ints found = code_of_step(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
-                put<false>(codes + first + i, _mm512_cvtepi16_epi8(found));
-            }
-#endif
-            for (; i < count; i++) codes[first + i] = table[steps[i]];
+            for (int64_t i = 0; i < count; i++) codes[first + i] = table[steps[i]];
         }
     });
 }
