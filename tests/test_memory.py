@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbits import place
-from fewbits.kernels import from_files
+from fewbits import memory, place
+from fewbits.kernels import backend_for, from_files
+from fewbits.tensor import QuantTensor
 
 MB = 1 << 20
 LAYERS, WIDTH = 32, 1024  # 32 weights of 4 MiB in fp32: 128 MiB
@@ -121,3 +122,31 @@ def test_quantizing_in_place_makes_no_second_copy(format, weights):
     one = 4 * WIDTH * WIDTH
     assert found["peak"] <= 3 * one + 16 * MB
     assert found["after"] <= found["model"] - LAYERS * one + 8 * MB  # the full-precision weights are gone
+
+
+def vm_flags(address):
+    """What Linux keeps about the memory at an address, two letters each."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="a kernel without huge pages"
+)
+def test_large_results_are_asked_for_in_huge_pages():
+    def asked_for(tensor):
+        return "hg" in vm_flags(tensor.data_ptr() + tensor.nbytes // 2)
+
+    assert asked_for(memory.uninitialized((5, 8 * MB), torch.uint8))
+    assert not asked_for(torch.empty(40 * MB, dtype=torch.uint8))
+    if backend_for("cpu") == "cpu":
+        q = QuantTensor.quantize(torch.randn(4096, 10240).bfloat16(), "nf4")
+        assert asked_for(q.packed)
+        assert asked_for(q.dequantize())

@@ -26,7 +26,7 @@ from torch import Tensor
 from fewbits.errors import ConfigError
 from fewbits.kernels.codebooks import codebook, decision_rule
 from fewbits.kernels.reference import NESTED_BLOCK, _nearest
-from fewbits.memory import FilePart
+from fewbits.memory import FilePart, uninitialized
 
 DEVICE_TYPES = ("cpu",)
 
@@ -256,7 +256,7 @@ def dequantize_4bit(
     weight = _weight_4bit(packed, absmax, nested_absmax, nested_offset, format, block_size, shape)
     if dtype not in _DTYPES or weight is None:
         return NotImplemented
-    out = torch.empty(shape, dtype=dtype, device=_CPU)
+    out = uninitialized(shape, dtype)
     fields = *weight[0], out.data_ptr(), _DTYPES[dtype]
     return out if _run("dequantize_4bit", f"{_WEIGHT_4BIT}P2q", *fields) else NotImplemented
 
@@ -303,7 +303,7 @@ def quantize_4bit(w: Tensor, format: str, block_size: int) -> Any:
     n = w.numel()
     if not n or w.dtype not in _DTYPES or block_size % 2:
         return NotImplemented
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=_CPU)
+    packed = uninitialized(((n + 1) // 2,), torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=_CPU)
     quantize_4bit_to(w.contiguous(), format, block_size, packed, absmax)
     return packed, absmax
@@ -343,7 +343,7 @@ def quantize_int8_to(w: Tensor | FilePart, q: Tensor, absmax: Tensor) -> float:
 def quantize_int8(w: Tensor) -> Any:
     if not w.numel() or w.dtype not in _DTYPES or not w.dim():
         return NotImplemented
-    q = torch.empty(w.shape, dtype=torch.int8, device=_CPU)
+    q = uninitialized(w.shape, torch.int8)
     absmax = torch.empty(w.shape[:-1], dtype=torch.float32, device=_CPU)
     quantize_int8_to(w.contiguous(), q, absmax)
     return q, absmax
@@ -404,7 +404,7 @@ def dequantize_int8(q: Tensor, absmax: Tensor, dtype: torch.dtype) -> Any:
     weight = _weight_int8(q, absmax)
     if dtype not in _DTYPES or weight is None:
         return NotImplemented
-    out = torch.empty(q.shape, dtype=dtype, device=_CPU)
+    out = uninitialized(q.shape, dtype)
     done = _run("dequantize_int8", f"{_WEIGHT_INT8}P2q", *weight[0], out.data_ptr(), _DTYPES[dtype])
     return out if done else NotImplemented
 
