@@ -51,23 +51,45 @@ struct Rows4Bit {
         const Table values = table(w.values);
         uint32_t words[MOST_DEPTH / 8 * LANES];
         gather_words(w, n, k, depth, words);
-        const int64_t rows = least(LANES, w.n - n), blocks = w.k / w.block_size;
-        // up to where scales are the same in every row: one block, or one word if blocks begin anywhere
-        const bool aligned = w.k % w.block_size == 0;
-        const int64_t unit = aligned ? w.block_size : 8;
-        for (int64_t i = 0; i < depth;) {
-            const int64_t stop = least(depth, i + unit - (k + i) % unit), block = (k + i) / w.block_size;
+        const auto put = [&](int64_t i, Floats scales) __attribute__((always_inline)) {
+            const Ints word = load_ints(words + i / 8 * LANES);
+            Floats column[8];
+            UNROLL for (int j = 0; j < 8; j++) column[j ^ 1] = lookup(values, shift_right(word, 4 * j)) * scales;
+            Step::put(column, strip + i / Step::PER_WORD * TILE_WIDTH);
+        };
+        const int64_t rows = least(LANES, w.n - n);
+        if (w.k % w.block_size == 0) {  // scales are the same along a block
+            float scales[MOST_DEPTH / 8 + 1][LANES];
+            const int64_t first = k / w.block_size, blocks = (k + depth - 1) / w.block_size - first + 1;
+            gather_scales(n, rows, first, blocks, scales[0]);
+            int64_t i = 0, stop = (first + 1) * w.block_size - k;
+            for (int64_t block = 0; block < blocks; block++, stop += w.block_size)
+                for (const Floats of_block = load(scales[block]); i < least(depth, stop); i += 8) put(i, of_block);
+            return;
+        }
+        for (int64_t i = 0; i < depth; i += 8) {  // or along a word, if blocks begin anywhere
             float scale[LANES] = {};
-            for (int64_t r = 0; r < rows; r++)
-                scale[r] = scale_of(w, aligned ? (n + r) * blocks + block : ((n + r) * w.k + k + i) / w.block_size);
-            const Floats scales = load(scale);
-            for (; i < stop; i += 8) {
-                const Ints word = load_ints(words + i / 8 * LANES);
-                Floats column[8];
-                UNROLL for (int j = 0; j < 8; j++) column[j ^ 1] = lookup(values, shift_right(word, 4 * j)) * scales;
-                Step::put(column, strip + i / Step::PER_WORD * TILE_WIDTH);
+            for (int64_t r = 0; r < rows; r++) scale[r] = scale_of(w, ((n + r) * w.k + k + i) / w.block_size);
+            put(i, load(scale));
+        }
+    }
+
+    // Scales of some blocks of the rows from n on: [blocks, LANES], zeros past the last row.
+    void gather_scales(int64_t n, int64_t rows, int64_t first, int64_t blocks, float* scales) const {
+        const int64_t row_blocks = w.k / w.block_size;
+        int64_t block = 0;
+        if (TRANSPOSES && rows == LANES && w.nested_absmax == nullptr) {
+            const float* from = static_cast<const float*>(w.absmax) + n * row_blocks + first;
+            for (; block + LANES <= blocks; block += LANES) {
+                Ints v[LANES];
+                UNROLL for (int r = 0; r < LANES; r++) v[r] = load_ints(from + r * row_blocks + block);
+                transpose(v);
+                UNROLL for (int r = 0; r < LANES; r++) store_ints(scales + (block + r) * LANES, v[r]);
             }
         }
+        for (int64_t r = 0; r < LANES; r++)
+            for (int64_t b = block; b < blocks; b++)
+                scales[b * LANES + r] = r < rows ? scale_of(w, (n + r) * row_blocks + first + b) : 0.0f;
     }
 
     // Rows that are not whole words: one number after the other.
