@@ -191,7 +191,6 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
         qs = [QuantTensor.quantize(w, spec) for w in ws]
         calls: dict[str, Call] = {
             "quantize": lambda i, spec=spec: QuantTensor.quantize(ws[i % len(ws)], spec),
-            "quantize_on_one_core": on_one_core(lambda i, spec=spec: QuantTensor.quantize(ws[i % len(ws)], spec)),
             "dequantize": lambda i, qs=qs: qs[i % len(qs)].dequantize(),
             "copy": lambda i: ws[i % len(ws)].clone(),
         }
@@ -204,6 +203,8 @@ def conversions(seconds: float, peers: bool) -> list[dict[str, Any]]:
         elif peers:
             calls["peer_quantize"] = lambda i: bf.int8_vectorwise_quant(ws[i % len(ws)])
         times = race(calls, seconds)
+        # by itself: meanwhile the other threads go to sleep, and the next call would wait until they are awake
+        times |= race({"quantize_on_one_core": on_one_core(calls["quantize"])}, seconds / len(calls))
         row = {"format": name, "bytes": n * k * 2, "us": times.medians()}
         found.append(row | {"targets": judged_conversion(name, n * k * 2, times)})
     return found
