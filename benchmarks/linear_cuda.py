@@ -534,7 +534,7 @@ def summary(result: dict[str, Any]) -> str:
     titled = [(f"{'×'.join(map(str, row['shape']))} {row['format']} M={row['rows']}", row) for row in result["rows"]]
     titled += [(row["what"], row) for name in ("host_rows", "conversions") for row in result.get(name, [])]
     targets = [(title, row[target["figure"]], target) for title, row in titled for target in row["targets"]]
-    missed = [f"{title}: {said(target)}, is {value:.2f}" for title, value, target in targets if not target["met"]]
+    missed = [f"{title}: {said(target)}, is {value:.4g}" for title, value, target in targets if not target["met"]]
     return "\n".join((f"{len(missed)} of {len(targets)} targets missed", *missed))
 
 
