@@ -206,15 +206,15 @@ _SKINNY_COSTS = {
     },
 }  # fmt: skip
 _SKINNY_ALONE = {32: 4.0, 64: 3.3}
-# of wide.cu by bits of the weight, rows of x and warpgroups
+# of wide.cu by bits of the weight, rows of x and warpgroups; of 8 bits with outliers in six columns
 _WIDE_COSTS = {
     4: {
-        (256, 2): _Cost(1.52, 15.1, {2: 2.0, 4: 5.5}), (128, 2): _Cost(0.96, 7.4, {2: 2.0, 4: 3.4}),
-        (128, 3): _Cost(1.34, 13.3, {2: 3.3, 4: 5.7}),
+        (256, 2): _Cost(1.48, 12.4, {2: 4.9, 4: 3.9}), (128, 2): _Cost(1.03, 6.2, {2: 1.6, 4: 0.1}),
+        (128, 3): _Cost(1.38, 9.8, {2: 3.6, 4: 5.0}),
     },
     8: {
-        (256, 2): _Cost(0.79, 18.0, {2: 3.1, 4: 4.5}), (128, 2): _Cost(0.42, 14.0, {2: 3.1, 4: 4.5}),
-        (64, 2): _Cost(0.29, 12.0, {2: 3.1}),
+        (256, 2): _Cost(0.78, 18.9, {2: 5.3, 4: 6.7}), (128, 2): _Cost(0.43, 16.1, {2: 3.9, 4: 11.4}),
+        (64, 2): _Cost(0.28, 17.8, {2: 5.7}),
     },
 }  # fmt: skip
 
@@ -293,7 +293,12 @@ def _wide_us(shape: WideShape, rows: int, n: int, k: int, bits: int, device: int
 
 def wide_shape(rows: int, n: int, k: int, bits: int, device: int) -> WideShape:
     costs = _WIDE_COSTS[bits]
-    kinds = list(costs) if rows <= 1024 else [(256, 2)]  # with many rows the least of the weight is read again
+    if rows > 1024:
+        kinds = [(256, 2)]  # with many rows the least of the weight is read again
+    else:
+        # a few are in one tile, the least that has them all, so that the weight is read once
+        tile_m = min(most for most, _ in costs if most >= rows) if rows <= 128 else 0
+        kinds = [kind for kind in costs if kind[0] == tile_m or not tile_m]
     shapes = [WideShape(*kind, split) for kind in kinds for split in (1, *costs[kind].clusters)]
     return min(shapes, key=lambda shape: _wide_us(shape, rows, n, k, bits, device))
 
