@@ -6,6 +6,7 @@ Anonymous memory is counted, as Linux reports it; pages of files that the system
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -145,7 +146,8 @@ def test_large_results_are_asked_for_in_huge_pages():
         return "hg" in vm_flags(tensor.data_ptr() + tensor.nbytes // 2)
 
     assert asked_for(memory.uninitialized((5, 8 * MB), torch.uint8))
-    assert not asked_for(torch.empty(40 * MB, dtype=torch.uint8))
+    plain = mmap.mmap(-1, 40 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    assert not asked_for(torch.frombuffer(plain, dtype=torch.uint8))
     if backend_for("cpu") == "cpu":
         q = QuantTensor.quantize(torch.randn(4096, 10240).bfloat16(), "nf4")
         assert asked_for(q.packed)
