@@ -57,6 +57,22 @@ def test_products(spec, mode, device):
         _close(F.embedding(ids, q), F.embedding(ids, w), spec)
 
 
+@pytest.mark.parametrize("mode", GRAD_MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_data_shapes_and_dtypes_are_those_with_data(spec, mode, dtype):
+    def results(device):
+        w, x, bias = (torch.zeros(*s, device=device, dtype=dtype) for s in ((50, 64), (3, 5, 64), (50,)))
+        q = QuantTensor.quantize(w, spec)
+        ids = torch.zeros(2, 4, device=device, dtype=torch.long)
+        products = F.linear(x, q, bias), x[..., :50] @ q, F.embedding(ids, q)
+        return [*q.inner_tensors.values(), q.dequantize(), *products]
+
+    with mode():
+        for empty, full in zip(results("meta"), results("cpu"), strict=True):
+            assert empty.is_meta
+            assert (empty.shape, empty.dtype) == (full.shape, full.dtype)
+
+
 def test_gradient_through_the_universal_path(spec, device):
     q = QuantTensor.quantize(torch.randn(50, 64, device=device), spec)
     x = torch.randn(3, 5, 64, device=device, requires_grad=True)

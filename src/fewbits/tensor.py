@@ -273,7 +273,7 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
     spec, shape = weight.spec, weight.stored_shape
     if not x.dim() or x.shape[-1] != shape[1]:
         raise _wrong_width(x, shape[1], weight)
-    if torch.is_autocast_enabled(x.device.type) and spec.compute_dtype is None:
+    if spec.compute_dtype is None and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # meta has none
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out: Tensor
     if spec.format == "int8":

@@ -107,7 +107,8 @@ def _in_fp32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 def _in_the_weights_dtype(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x = args[0]
-    return args if torch.is_autocast_enabled(x.device.type) else (x.to(module.weight.dtype), *args[1:])
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta has none
+    return args if autocast else (x.to(module.weight.dtype), *args[1:])
 
 
 def _take_off_casts(model: nn.Module) -> None:

@@ -178,10 +178,11 @@ ops = torch.ops.fewbits
 
 
 def undisturbed(x: Tensor) -> bool:
-    """Whether nothing transforms or traces a call on this tensor; autograd may record it."""
+    """Whether nothing transforms or traces a call on this tensor, which has data; autograd may record it."""
     return (
         not torch.compiler.is_dynamo_compiling()
         and type(x) is Tensor
+        and not x.is_meta
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
