@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 
 import pytest
@@ -70,6 +71,26 @@ def test_a_gpu_that_is_not_in_the_table_takes_ways_for_any(gpu):
 )  # fmt: skip
 def test_the_quickest_is_what_was_measured_to_be(gpu, rows, n, k, way):
     assert first("4-bit", rows, n, k) == way
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "n", "k", "shape"),
+    [
+        (4, 128, 28672, 4096, (128, 3, 1)), (4, 128, 4096, 14336, (128, 2, 1)), (4, 256, 4096, 14336, (256, 2, 1)),
+        (4, 512, 2560, 9728, (256, 2, 1)), (4, 1024, 6144, 4096, (256, 2, 1)), (8, 64, 3584, 18944, (64, 2, 2)),
+        (8, 128, 4096, 14336, (128, 2, 2)), (8, 128, 2560, 9728, (128, 2, 4)), (8, 512, 13824, 5120, (256, 2, 1)),
+    ],
+)  # fmt: skip
+def test_blocks_have_the_shape_that_was_measured_to_be_quickest(gpu, bits, rows, n, k, shape):
+    assert cuda_shapes.wide_shape(rows, n, k, bits, 0) == shape
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_up_to_128_rows_are_in_one_tile_of_many(gpu, bits):
+    for rows in range(33, 129):
+        n, k = random.randrange(256, 30_000), 64 * random.randrange(4, 300)
+        found = cuda_shapes.wide_shape(rows, n, k, bits, 0)
+        assert found.tile_m == (64 if bits == 8 and rows <= 64 else 128), (rows, n, k, found)
 
 
 def test_many_rows_go_where_tiles_fill_the_gpu(gpu, monkeypatch):

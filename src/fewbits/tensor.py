@@ -25,7 +25,7 @@ from torch._tensor import _rebuild_from_type_v2
 
 from fewbits.errors import ConfigError, ShapeError, UnsupportedError
 from fewbits.formats import INNER_NAMES, QuantSpec, dequantize_inner, quantize_inner
-from fewbits.kernels import conversion, product
+from fewbits.kernels import autocasts, conversion, product
 from fewbits.memory import note_write
 
 
@@ -273,7 +273,7 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None = None) -> Tensor
     spec, shape = weight.spec, weight.stored_shape
     if not x.dim() or x.shape[-1] != shape[1]:
         raise _wrong_width(x, shape[1], weight)
-    if spec.compute_dtype is None and not x.is_meta and torch.is_autocast_enabled(x.device.type):  # meta has none
+    if spec.compute_dtype is None and autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out: Tensor
     if spec.format == "int8":

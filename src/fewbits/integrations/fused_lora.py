@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fewbits.errors import ConfigError
 from fewbits.formats import dequantize_inner
+from fewbits.kernels import autocasts
 from fewbits.modules import QuantLinear, is_conv1d
 from fewbits.tensor import QuantTensor, linear
 
@@ -63,7 +64,7 @@ class FusedLoraLinear(LoraLinear):  # type: ignore[misc]  # mypy does not follow
         if not plain or active[0] in self.lora_variant or self.lora_bias[active[0]] or not _untouched(base):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         name, weight = active[0], base.weight
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta has none
+        autocast = autocasts(x)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else weight.spec.compute_dtype or x.dtype
         dropout = self.lora_dropout[name]
         low = x if isinstance(dropout, nn.Identity) or not self.training else dropout(x)

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from fewbits.errors import ConfigError, UnsupportedError
 from fewbits.hf import is_transformers_model, record_config
 from fewbits.integrations.fused_lora import FusedLoraLinear, fuse_lora
+from fewbits.kernels import autocasts
 from fewbits.modules import install, uninstall
 from fewbits.offload import is_offloaded
 from fewbits.place import put
@@ -107,8 +108,7 @@ def _in_fp32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 def _in_the_weights_dtype(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x = args[0]
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta has none
-    return args if autocast else (x.to(module.weight.dtype), *args[1:])
+    return args if autocasts(x) else (x.to(module.weight.dtype), *args[1:])
 
 
 def _take_off_casts(model: nn.Module) -> None:

@@ -177,6 +177,11 @@ for _name, _schema in _SCHEMAS.items():
 ops = torch.ops.fewbits
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; torch raises when asked for meta, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def undisturbed(x: Tensor) -> bool:
     """Whether nothing transforms or traces a call on this tensor, which has data; autograd may record it."""
     return (
@@ -213,7 +218,7 @@ def call(op: str, x: Tensor, *args: Any) -> Any:
 
 
 def conversion(op: str, first: Tensor, *args: Any) -> Any:
-    """An operator without gradient (``dequantize_…``, ``embedding_…``) by the shortest way, as :func:`product`."""
+    """An operator without gradient (``quantize_…``, ``dequantize_…``, ``embedding_…``) as :func:`product`."""
     return call(op, first, *args) if undisturbed(first) else getattr(ops, op)(first, *args)
 
 

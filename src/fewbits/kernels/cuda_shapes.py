@@ -295,10 +295,11 @@ def wide_shape(rows: int, n: int, k: int, bits: int, device: int) -> WideShape:
     costs = _WIDE_COSTS[bits]
     if rows > 1024:
         kinds = [(256, 2)]  # with many rows the least of the weight is read again
-    else:
-        # a few are in one tile, the least that has them all, so that the weight is read once
-        tile_m = min(most for most, _ in costs if most >= rows) if rows <= 128 else 0
-        kinds = [kind for kind in costs if kind[0] == tile_m or not tile_m]
+    elif rows > 128:
+        kinds = list(costs)
+    else:  # in one tile, the least that has them all, so that the weight is read once
+        least = min(tile_m for tile_m, _ in costs if tile_m >= rows)
+        kinds = [kind for kind in costs if kind[0] == least]
     shapes = [WideShape(*kind, split) for kind in kinds for split in (1, *costs[kind].clusters)]
     return min(shapes, key=lambda shape: _wide_us(shape, rows, n, k, bits, device))
 
