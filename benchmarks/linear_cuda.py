@@ -73,7 +73,7 @@ CHECKED = 512  # rows of an output whose error is looked at
 SMALL: tuple[Shape, ...] = ((6144, 4096), (4096, 4096))
 LARGE: tuple[Shape, ...] = ((28672, 4096), (4096, 14336))
 MORE: tuple[Shape, ...] = ((5120, 5120), (11008, 4096), (13824, 5120), (2560, 9728), (3584, 18944))
-ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 8192)
+ROWS = (1, 4, 16, 32, 64, 128, 512, 2048, 4096, 8192)
 CONVERTED: Shape = (14336, 8192)
 
 

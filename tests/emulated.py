@@ -111,7 +111,7 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     caches = (
         cuda_backend._few,
         cuda_plans.made, cuda_plans.decode, cuda_plans.decode_variant, cuda_plans.skinny, cuda_plans.skinny_variant,
-        cuda_plans.wide, cuda_plans.wide_variant, cuda_plans.dequantizer, cuda_shapes.quickest, cuda_plans.values,
+        cuda_plans.wide, cuda_plans.wide_variant, cuda_plans.dequantizer, cuda_shapes.quickest, cuda_plans.value_table,
         ways._steps, ways._tuned,
     )  # fmt: skip
     for cache in caches:

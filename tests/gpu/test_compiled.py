@@ -48,7 +48,7 @@ def test_reduce_overhead(format, rows, gpu, monkeypatch):
     exact = dequantize(copy.deepcopy(model)).float()
     # what kernels keep is first wanted in a graph's pool, where nothing may stay
     monkeypatch.setattr(cuda_plans, "_counters", {})
-    for cache in (codebook, cuda_plans.values, cuda_plans.pairs):
+    for cache in (codebook, cuda_plans.value_table, cuda_plans.pairs):
         cache.cache_clear()
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for seed in range(4):  # warmed up, recorded, replayed twice

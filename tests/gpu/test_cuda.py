@@ -51,7 +51,7 @@ def test_tables_first_wanted_in_a_capture(spec, rows, gpu, monkeypatch):
     x = torch.randn(rows, 1024, device=gpu, dtype=torch.bfloat16)
     weight = q.dequantize().double()
     torch.mm(x, x.mT)  # cuBLAS is not to be set up in a capture
-    for cache in (codebook, decision_rule, cuda_plans.values, cuda_plans.pairs, cuda_plans.buckets):
+    for cache in (codebook, decision_rule, cuda_plans.value_table, cuda_plans.pairs, cuda_plans.buckets):
         cache.cache_clear()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

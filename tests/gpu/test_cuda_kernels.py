@@ -158,6 +158,26 @@ def test_every_shape_of_blocks(way, shape, rows, n, k, dtype, monkeypatch):
         plan.cache_clear()
 
 
+@pytest.mark.parametrize(("format", "nested", "dtype"), [
+    ("nf4", True, torch.bfloat16), ("nf4", False, torch.bfloat16), ("fp4", False, torch.bfloat16),
+    ("nf4", True, torch.float16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("k", [1024, 1088])
+def test_values_of_many_rows_are_those_that_dequantizing_rounds(format, nested, dtype, k):
+    """Tables of nf4 hold halves: rounded to bf16, all are the same but for some in a hundred, and zero is zero."""
+    from fewbits.kernels.ways import use_way
+
+    w = torch.randn(500, k, device="cuda")
+    w[torch.rand_like(w) < 0.1] = 0
+    q = QuantTensor.quantize(w, QuantSpec(format, 64, nested))
+    with use_way("wide"):
+        out = served(torch.eye(k, device="cuda", dtype=dtype), q).t()
+    exact = values(q)
+    assert torch.equal(out == 0, exact == 0)
+    differ = (out != exact.to(dtype)).double().mean()
+    assert differ <= (0.015 if (format, dtype) == ("nf4", torch.bfloat16) else 0.0)
+
+
 @pytest.mark.parametrize("columns", [0, 6, 16, 200])
 @pytest.mark.parametrize("rows", [33, 60, 128, 300, 2048])
 def test_rows_of_x_in_8_bits(rows, columns):

@@ -312,7 +312,7 @@ class _Product(NamedTuple):
         grid: tuple[int, int],
         x: _Rows,
         table: Tensor,
-        more: tuple[int, ...] = (),
+        more: tuple[float, ...] = (),
         maps: tuple[bytes, ...] = (),
     ) -> Tensor:
         out = self.x.new_empty((*self.x.shape[:-1], self.n))
@@ -360,8 +360,9 @@ def _wide_4bit(product: _Product) -> Any:
         nvrtc.tensor_map(product.packed.data_ptr(), 1, n, k // 2, k // 2, wide.rows, 32),
     )
     sums, counters = wide.memory(device)
-    more = sums.data_ptr(), counters.data_ptr()
-    return product.run(wide.kernel, (wide.blocks, 1), x, plans.values(product.format, device), more, maps)
+    table = plans.value_table(product.format, bf16, device)
+    more = sums.data_ptr(), counters.data_ptr(), table.scale, table.shift
+    return product.run(wide.kernel, (wide.blocks, 1), x, table.entries, more, maps)
 
 
 def _dequantize_and_multiply(product: _Product) -> Any:
@@ -538,7 +539,7 @@ def _run(
     bias: Tensor | None,
     n: int,
     k: int,
-    more: tuple[int, ...] = (),
+    more: tuple[float, ...] = (),
     maps: tuple[bytes, ...] = (),
 ) -> Tensor:
     bias_pointer = bias_bytes = 0

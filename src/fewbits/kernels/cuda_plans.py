@@ -46,17 +46,30 @@ def pairs(format: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return constant(torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int32).view(-1), device)
 
 
-# With it each value of a format is nearly one of fp16: for fp4 exactly, for nf4 off by 3.2e-5 in the mean, the least of
-# 1.3 million factors from 1/2 to 1.
-_HALF_FACTORS = {"nf4": 0.838844921875, "fp4": 0.75}
+class ValueTable(NamedTuple):
+    """How wide.cu has the values of 4-bit codes: each is (entry + shift) * scale."""
+
+    entries: Tensor  # fp32 [16]
+    scale: float
+    shift: float
+
+
+# A factor and an offset with which each value of a format is nearly one of fp16, weighed by how often normal numbers in
+# blocks of 64 have its code: fp4's exactly, nf4's off by 4.2e-5 of a weight (rms; 4.5e-5 with rounded scales), where
+# rounding to bf16 takes 1.65e-3. The least of 1e11 pairs whose offset is one of fp16's numbers, so that zero is exact;
+# with a factor alone it is 8.0e-5 at best.
+_AS_HALVES = {"nf4": (1.8607641802, -785 / 2048), "fp4": (0.75, 0.0)}
 
 
 @functools.lru_cache(maxsize=64)
-def values(format: str, device: torch.device) -> Tensor:
-    """fp32 [18]: the values of the codes, the factor above, and one over it."""
-    factor = _HALF_FACTORS[format]
+def value_table(format: str, bf16: bool, device: torch.device) -> ValueTable:
+    """For x in bf16 of halves, which take half the bandwidth of look-ups; for x in fp16 the values themselves."""
     values = codebook(format, torch.device("cpu"))
-    return constant(torch.cat([values, torch.tensor([factor, 1 / factor])]), device)
+    if not bf16:
+        return ValueTable(constant(values, device), 1.0, 0.0)
+    factor, offset = _AS_HALVES[format]
+    entries = (values.double() * factor + offset).half().float()
+    return ValueTable(constant(entries, device), 1 / factor, -offset)
 
 
 @functools.lru_cache(maxsize=8)
@@ -245,7 +258,7 @@ def wide_variant(
         defines = *defines, ("FORMAT_BLOCK", block_size), ("NESTED", int(nested))
     else:
         defines = *defines, ("MOST_OUTLIERS", MOST_OUTLIERS)
-    arguments = "128s128s9Pq4i2P" if bits == 4 else "128s128s128s9Pq4i2P3Pq"
+    arguments = "128s128s9Pq4i2P2f" if bits == 4 else "128s128s128s9Pq4i2P3Pq"
     threads = 128 * (shape.warpgroups + 1)
     kernel = made("wide.cu", defines, device, arguments, threads, fixed + stages * slot + 1024)
     if kernel is None:

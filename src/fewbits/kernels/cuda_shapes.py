@@ -82,6 +82,7 @@ def decode_plan(
     processors, room = limits(device)
     row_tiles, split = shape
     tile_rows, tiles = 16 * row_tiles, -(-rows // 8)
+    room -= 3072 if bits == 4 and row_tiles > 6 and tiles == 1 else 0  # DYNAMIC_COPIES in decode.cu
     row_bytes = k * bits // 8
     chunks = -(-row_bytes // (CHUNK * WARPS * split))
     columns = CHUNK * 8 // bits

@@ -54,6 +54,9 @@ constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
 constexpr int SCALES = (ROWS + 1) * CHUNK_SCALES;      // floats of a chunk; one more row: chunks begin at other banks
 constexpr int SCALE_BUFFERS = 4;                       // each of a chunk of every warp
 constexpr int SCALE_TURNS = (ROW_TILES + 1) / 2;       // a thread reads the scales of one row and chunk in each
+// copies of the values of scales' codes: lanes of one look-up meet in fewer banks; where there are few, making them takes
+// longer than that saves (measured on an H200)
+constexpr int DYNAMIC_COPIES = SCALE_TURNS > 3 && COLUMN_TILES == 1 ? 4 : 1;
 constexpr int KEPT_ROWS = ALL_KEPT ? TILES * ROWS : ROWS;  // whose sums are in a buffer
 constexpr int PARTIAL_STRIDE = KEPT_ROWS + 4;          // floats: what a warp writes at once lies in 32 banks
 constexpr int X_WORDS = UNITS * COLUMN_TILES * 2 * STEPS;  // of a chunk
@@ -170,7 +173,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ Barrier scaled;  // all warps have written their part of a chunk's scales
   __shared__ Barrier summed[2], added[2];  // the warps' sums of a tile are there; they have been added
-  __shared__ float dynamic[256];
+  __shared__ __align__(16) float dynamic[256 * DYNAMIC_COPIES];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const u32 lane4 = lane * 4;
   const int row_bytes = columns(a) * BITS / 8, row_blocks = columns(a) / FORMAT_BLOCK;
@@ -272,13 +275,14 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     }
     return raw;
   };
+  auto value_of_code = [&](u32 code) { return dynamic[code * DYNAMIC_COPIES + lane % DYNAMIC_COPIES]; };
   auto write_scales = [&](u32 step, const RawScales& raw, int turn) {
     const int at = turn * THREADS + thread, row_of_tile = at / WARPS;
     if (ROWS % 32 == 0 || row_of_tile < ROWS) {
       Scales decoded;
 #pragma unroll
       for (int s = 0; s < CHUNK_SCALES; s++)
-        decoded.of[s] = NESTED ? dynamic[raw.codes[s]] * raw.nested[s] + offset : raw.plain[s];
+        decoded.of[s] = NESTED ? value_of_code(raw.codes[s]) * raw.nested[s] + offset : raw.plain[s];
       *(Scales*)(scales + (step % SCALE_BUFFERS * WARPS + at % WARPS) * SCALES + row_of_tile * CHUNK_SCALES) = decoded;
     }
   };
@@ -309,7 +313,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   };
   if (X_EARLY) load_first_x();
 #if BITS == 4
-  if (NESTED && thread < 256) dynamic[thread] = value;
+  if (NESTED && thread < 256) {
+    float* own = dynamic + thread * DYNAMIC_COPIES;
+    if constexpr (DYNAMIC_COPIES == 1) *own = value;
+    if constexpr (DYNAMIC_COPIES == 4) *(float4*)own = make_float4(value, value, value, value);
+  }
   fill_pair_table<THREADS>(table, own_pairs);
 #endif
   __syncthreads();

@@ -46,7 +46,7 @@ struct Arguments {
   const float* nested;      // scale of each 256 of those
   const float* offset;      // added to each scale
   const float* dynamic;     // the values of the 256 codes of scales
-  const float* values;      // [18]: the values of the 16 codes, the factor of the table (BF16), and one over it
+  const float* values;      // [16]: of the codes, but for the scale and the shift below
   const Number* x;          // [M, K], rows x_stride apart
   const void* bias;         // [N]
   u16* out;                 // [M, N]
@@ -54,7 +54,10 @@ struct Arguments {
   int m, n, k, bias_bytes;
   u32* workspace;           // [2 * blocks, ROWS * TILE_M]: sums of parts of tiles
   u32* counters;            // [tiles]: zeros, before and after
-#if BITS == 8
+#if BITS == 4
+  float value_scale;
+  float value_shift;        // comes first, and has 10 bits; none in fp16
+#else
   const float* x_scales;    // [M, at least to a multiple of TILE_M]
   const u16* exact;         // [M, K]: x as it was, rows exact_stride apart
   const int* outliers;      // how many columns have any, and which, in their order
@@ -98,56 +101,74 @@ DEVICE int codes_of_row(int buffer, int row) { return piece_of_line(row % TILE_M
 
 #if BITS == 4
 
-// Scales as they are stored: the four whose numbers in their row differ in the last two bits alone, or of these only the
-// one that was asked for. Each row lies in a line of its own, and a read of many lines holds up look-ups.
+// Scales of a row as they are stored, as many as are read at a time: each row's are in a line of their own, and a read of
+// many lines holds up look-ups. What is read is only looked at when it is wanted, as it is on its way until then.
+constexpr int MOST_SCALES = NESTED && SCALE_TURNS == 1 ? 16 : 4;  // there are no registers for more
+
 struct RawScales {
 #if NESTED
-  u32 codes;
+  u32 codes[MOST_SCALES / 4];
   float scale;  // of their 256
 #else
-  float value[4];
+  float value[MOST_SCALES];
 #endif
 };
 
-DEVICE bool scales_in_fours(int row_blocks) { return row_blocks % 4 == 0; }
+DEVICE int scales_of_read(int row_blocks) {
+  return row_blocks % MOST_SCALES == 0 ? MOST_SCALES : row_blocks % 4 == 0 ? 4 : 1;
+}
 
-DEVICE RawScales read_scales(const Arguments& a, int row, int block) {
-  const int row_blocks = a.k / FORMAT_BLOCK;
-  const long long begin = (long long)row * row_blocks;
-  RawScales raw = {};
-  if (scales_in_fours(row_blocks)) {
-    const long long first = begin + (block & ~3);
+DEVICE void read_scales(RawScales& raw, const Arguments& a, int row, int block, int count) {
+  const long long at = (long long)row * (a.k / FORMAT_BLOCK) + (block & -count);
 #if NESTED
-    raw.codes = *(const u32*)((const u8*)a.scales + first);
-    raw.scale = a.nested[first >> 8];
-#else
-    const float4 four = *(const float4*)((const float*)a.scales + first);
-    raw.value[0] = four.x, raw.value[1] = four.y, raw.value[2] = four.z, raw.value[3] = four.w;
-#endif
+  const u8* codes = (const u8*)a.scales + at;
+  if (count == 1) {
+    raw.codes[0] = *codes;
+  } else if (MOST_SCALES == 4 || count == 4) {
+    raw.codes[0] = *(const u32*)codes;
   } else {
-#if NESTED
-    raw.codes = ((const u8*)a.scales)[begin + block] << 8 * (block & 3);
-    raw.scale = a.nested[(begin + block) >> 8];
-#else
-    const float value = ((const float*)a.scales)[begin + block];
-    raw.value[0] = raw.value[1] = raw.value[2] = raw.value[3] = value;
-#endif
+    const uint4 words = *(const uint4*)codes;
+    raw.codes[0] = words.x;
+    if constexpr (MOST_SCALES > 4) raw.codes[1] = words.y, raw.codes[2] = words.z, raw.codes[3] = words.w;
   }
-  return raw;
-}
-
-DEVICE float scale_of(const RawScales& raw, int block, const float* dynamic, float offset) {
-#if NESTED
-  return dynamic[raw.codes >> 8 * (block & 3) & 255] * raw.scale + offset;
+  raw.scale = a.nested[at >> 8];
 #else
-  const float low = block & 1 ? raw.value[1] : raw.value[0], high = block & 1 ? raw.value[3] : raw.value[2];
-  return block & 2 ? high : low;
+  const float* values = (const float*)a.scales + at;
+  if (count == 1) {
+    raw.value[0] = *values;
+  } else {
+    const float4 four = *(const float4*)values;
+    raw.value[0] = four.x, raw.value[1] = four.y, raw.value[2] = four.z, raw.value[3] = four.w;
+  }
 #endif
 }
 
-// The two values of a byte in the table. For bf16 they are halves, times a factor with which all values of the format
-// are nearly halves, so that look-ups take half the bandwidth: a product is off by 7e-5 of the block's largest value at
-// most, and by 3e-5 in the mean, where rounding it to bf16 takes 9e-4. For fp16 they are in fp32.
+template <typename T>
+DEVICE T one_of(const T (&values)[4], int index) {
+  const T low = index & 1 ? values[1] : values[0], high = index & 1 ? values[3] : values[2];
+  return index & 2 ? high : low;
+}
+
+template <typename T>
+DEVICE T one_of(const T (&values)[1], int) {
+  return values[0];
+}
+
+DEVICE float scale_of(const RawScales& raw, int block, int count, const float* dynamic, float offset) {
+  const int index = block & (count - 1);
+#if NESTED
+  return dynamic[one_of(raw.codes, index >> 2) >> 8 * (index & 3) & 255] * raw.scale + offset;
+#else
+  return one_of(raw.value, index);
+#endif
+}
+
+// Rounded to 14 bits, so that its product with a shift of 10 is exact: then the shift of a zero is taken back to the bit.
+DEVICE float shortened(float scale) { return __uint_as_float((__float_as_uint(scale) + 0x200) & ~0x3ffu); }
+
+// The two values of a byte in the table: in fp32 for fp16, and halves for bf16, so that look-ups take half the bandwidth.
+// A factor and an offset make all values of the format nearly halves. The one goes with the scales, the other is taken
+// back by fused additions.
 #if BF16
 typedef u32 Pair;
 DEVICE Pair as_pair(float first, float second) { return half_narrowed(first) | (u32)half_narrowed(second) << 16; }
@@ -296,10 +317,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
     const int first_row = place_of(first.tile).weight_row;
     if (own < STAGES) fetch_box(a.weight_map, first.begin * 64 + own * 32, first_row);
     RawScales raw[SCALE_TURNS];
+    const int row_blocks = a.k / FORMAT_BLOCK, scales = scales_of_read(row_blocks);
     auto read = [&](int row, int block) {
 #pragma unroll
       for (int turn = 0; turn < SCALE_TURNS; turn++)
-        raw[turn] = read_scales(a, min(row + min(own + turn * PRODUCERS, ROWS - 1), a.n - 1), block);
+        read_scales(raw[turn], a, min(row + min(own + turn * PRODUCERS, ROWS - 1), a.n - 1), block, scales);
     };
     read(first_row, first.begin * 128 / FORMAT_BLOCK);
 #endif
@@ -340,21 +362,21 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
       advance();
     }
 #else
-    const float per_factor = BF16 ? a.values[17] : 1.0f;
     const float offset = NESTED ? *a.offset : 0.0f;
-    const int row_blocks = a.k / FORMAT_BLOCK;
     int weight_row = first_row, block = first.begin * 128 / FORMAT_BLOCK;
     for (int i = 0; i < slots; i++) {
       wait_and_copy();
 #pragma unroll
-      for (int turn = 0; turn < SCALE_TURNS; turn++)
-        if (const int row = own + turn * PRODUCERS; row < ROWS)
-          slot_scales[slot * ROWS + row] = scale_of(raw[turn], block, dynamic, offset) * per_factor;
+      for (int turn = 0; turn < SCALE_TURNS; turn++) {
+        float scale = scale_of(raw[turn], block, scales, dynamic, offset) * a.value_scale;
+        if (a.value_shift != 0.0f) scale = shortened(scale);
+        if (const int row = own + turn * PRODUCERS; row < ROWS) slot_scales[slot * ROWS + row] = scale;
+      }
       __syncwarp();
       if (lane == 0) full[slot].arrive();
       // the next slot's, long before it is free; past the last one any
       const int next = min(column() / FORMAT_BLOCK, row_blocks - 1);
-      if (!scales_in_fours(row_blocks) || place.weight_row != weight_row || next >> 2 != block >> 2)
+      if (place.weight_row != weight_row || (next & -scales) != (block & -scales))
         read(place.weight_row, next);
       weight_row = place.weight_row, block = next;
       advance();
@@ -370,9 +392,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
     if (lane == 0) free[slot].arrive();
   };
 #if BITS == 4
-  const float factor = BF16 ? a.values[16] : 1.0f;
   for (int i = thread; i < 256 * 8; i += CONSUMERS) {  // an eighth of an entry
-    const Pair pair = as_pair(a.values[i >> 7] * factor, a.values[i >> 3 & 15] * factor);
+    const Pair pair = as_pair(a.values[i >> 7], a.values[i >> 3 & 15]);
     Pair* to = (Pair*)(table + (i >> 3) * 256) + (i & 7) * 4;
 #pragma unroll
     for (int j = 0; j < 4; j++) to[j] = pair;
@@ -419,15 +440,18 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
   };
   auto make_operand = [&](Operand& operand) {
 #pragma unroll
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < 2; r++) {
+      const float scale = values.codes.scales[r], shift = BF16 ? scale * a.value_shift : 0.0f;
 #pragma unroll
       for (int p = 0; p < 2; p++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const float scale = values.codes.scales[r];
           const float2 two = values_of(EARLY ? values.pairs[r][p][i] : pair_of_code(values.codes, r, p, i));
-          operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(two.x * scale, two.y * scale);
+          const float first = BF16 ? two.x * scale + shift : two.x * scale;
+          const float second = BF16 ? two.y * scale + shift : two.y * scale;
+          operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(first, second);
         }
+    }
   };
 #else
   wait_for_previous_kernel();
