@@ -162,20 +162,30 @@ def test_every_shape_of_blocks(way, shape, rows, n, k, dtype, monkeypatch):
     ("nf4", True, torch.bfloat16), ("nf4", False, torch.bfloat16), ("fp4", False, torch.bfloat16),
     ("nf4", True, torch.float16),
 ], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("shape", "most"), [((256, 2, 1), 0.015), ((128, 2, 2), 0.015), ((128, 3, 1), 0.03)])
 @pytest.mark.parametrize("k", [1024, 1088])
-def test_values_of_many_rows_are_those_that_dequantizing_rounds(format, nested, dtype, k):
-    """Tables of nf4 hold halves: rounded to bf16, all are the same but for some in a hundred, and zero is zero."""
+def test_values_of_many_rows_are_those_that_dequantizing_rounds(format, nested, dtype, k, shape, most, monkeypatch):
+    """Tables of nf4 hold halves: rounded to bf16, all are the same but for some in a hundred, and zero is zero.
+
+    The scales of double quantization are the product and sum of fp32, which are fused here, and may differ by a bit.
+    """
+    from fewbits.kernels import cuda_plans, cuda_shapes
     from fewbits.kernels.ways import use_way
 
+    monkeypatch.setattr(cuda_shapes, "wide_shape", lambda *_: cuda_shapes.WideShape(*shape))
+    cuda_plans.wide.cache_clear()
     w = torch.randn(500, k, device="cuda")
     w[torch.rand_like(w) < 0.1] = 0
     q = QuantTensor.quantize(w, QuantSpec(format, 64, nested))
-    with use_way("wide"):
-        out = served(torch.eye(k, device="cuda", dtype=dtype), q).t()
+    try:
+        with use_way("wide"):
+            out = served(torch.eye(k, device="cuda", dtype=dtype), q).t()
+    finally:
+        cuda_plans.wide.cache_clear()
     exact = values(q)
     assert torch.equal(out == 0, exact == 0)
     differ = (out != exact.to(dtype)).double().mean()
-    assert differ <= (0.015 if (format, dtype) == ("nf4", torch.bfloat16) else 0.0)
+    assert differ <= (most if (format, dtype) == ("nf4", torch.bfloat16) else 2e-4 * nested)
 
 
 @pytest.mark.parametrize("columns", [0, 6, 16, 200])

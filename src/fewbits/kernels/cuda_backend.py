@@ -360,7 +360,7 @@ def _wide_4bit(product: _Product) -> Any:
         nvrtc.tensor_map(product.packed.data_ptr(), 1, n, k // 2, k // 2, wide.rows, 32),
     )
     sums, counters = wide.memory(device)
-    table = plans.value_table(product.format, bf16, device)
+    table = plans.value_table(product.format, bf16, wide.shape.warpgroups == 2, device)
     more = sums.data_ptr(), counters.data_ptr(), table.scale, table.shift
     return product.run(wide.kernel, (wide.blocks, 1), x, table.entries, more, maps)
 
