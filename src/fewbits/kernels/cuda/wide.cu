@@ -449,8 +449,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) wide(const _
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const float2 two = values_of(EARLY ? values.pairs[r][p][i] : pair_of_code(values.codes, r, p, i));
-          const float first = SHIFTED ? two.x * scale + shift : two.x * scale;
-          const float second = SHIFTED ? two.y * scale + shift : two.y * scale;
+          const float first = SHIFTED ? fmaf(two.x, scale, shift) : two.x * scale;
+          const float second = SHIFTED ? fmaf(two.y, scale, shift) : two.y * scale;
           operand[p * 2 + i / 2][i % 2 * 2 + r] = pair_of_two(first, second);
         }
     }
