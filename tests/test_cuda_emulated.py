@@ -103,14 +103,51 @@ def test_few_rows(cuda, spec, rows, n, k, dtype, bias):
 def test_several_tiles_of_a_block(cuda, spec, limits, monkeypatch):
     shape, (rows, n, k) = cuda_shapes.DecodeShape(2, 1), (3, 160, 192)
     monkeypatch.setattr(cuda_shapes, "decode_shape", lambda *_: shape)
-    plan = cuda_shapes.decode_plan(shape, n, k, rows, 8 if spec.format == "int8" else 4, 64, -1)
+    plan = cuda_shapes.decode_plan(shape, n, k, rows, 8 if spec.format == "int8" else 4, 64, spec.double_quant, -1)
     assert plan.kept == (0 if limits[1] in (171_000, 90_000) else plan.rounds), plan
     check_product(cuda, "decode.cu", spec, rows, n, k, BF16)
 
 
 @pytest.mark.parametrize(
+    ("limits", "spec", "rows", "n", "k", "line"),
+    [
+        ((2, 230_000), QuantSpec("nf4", 64, True), 2, 160, 4096, 128),  # whole lines
+        ((2, 230_000), QuantSpec("nf4", 64), 7, 150, 3072, 128),  # some warps have one
+        ((8, 230_000), QuantSpec("nf4", 64, True), 9, 96, 2112, 128),  # the last one is half a line
+        ((2, 230_000), QuantSpec("fp4", 128, True), 4, 100, 4096, 128),
+        ((2, 230_000), QuantSpec("nf4", 512, True), 1, 70, 2560, 128),
+        ((2, 230_000), QuantSpec("nf4", 64, True), 5, 70, 8192, 128),  # two
+        ((2, 230_000), QuantSpec("nf4", 32, True), 4, 100, 4096, 64),
+        ((2, 230_000), QuantSpec("nf4", 64, True), 16, 160, 4096, 64),  # scales are read two chunks ahead
+        ((2, 230_000), QuantSpec("nf4", 128, True), 11, 150, 3968, 64),
+        ((1, 230_000), QuantSpec("nf4", 64, True), 13, 70, 8192, 64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lines(cuda, spec, rows, n, k, line, monkeypatch):
+    """What a warp takes of a row at a time."""
+    shape = cuda_shapes.DecodeShape(2, 1)
+    monkeypatch.setattr(cuda_shapes, "decode_shape", lambda *_: shape)
+    plan = cuda_shapes.decode_plan(shape, n, k, rows, 4, spec.block_size, spec.double_quant, -1)
+    assert plan.line == line, plan
+    with use_way("decode"):
+        check_product(cuda, "decode.cu", spec, rows, n, k, BF16)
+
+
+@pytest.mark.parametrize(
     ("limits", "shape", "spec", "rows", "n", "k", "dtype", "bias"),
     [
+        (
+            (8, 230_000),
+            (2, 2),
+            QuantSpec("nf4", 64, True),
+            3,
+            90,
+            8192,
+            BF16,
+            BF16,
+        ),  # lines, and blocks that share them
+        ((8, 230_000), (1, 2), QuantSpec("nf4", 64), 16, 60, 7168, FP16, None),
         ((4, 230_000), (3, 1), QuantSpec("nf4", 64, True), 3, 130, 2112, BF16, BF16),
         ((4, 230_000), (3, 2), QuantSpec("nf4", 64), 9, 90, 4160, FP16, None),  # one block of two has less to do
         ((8, 230_000), (2, 4), QuantSpec("fp4", 32, True), 16, 64, 8192, BF16, torch.float32),
@@ -517,12 +554,12 @@ MUTATIONS = {
     "sums are overwritten": ("decode.cu", "    added[index & 1].wait(index >> 1 & 1 ^ 1);\n", ""),
     "x is read too early": ("decode.cu", "  wait_for_previous_kernel();\n", ""),
     "tables are read before they are there": (
-        "decode.cu", "own_pairs);\n#endif\n  __syncthreads();", "own_pairs);\n#endif",
+        "decode.cu", "{__float_as_uint(value)});\n#endif\n  __syncthreads();", "{__float_as_uint(value)});\n#endif",
     ),
-    "codes are not aligned": ("decode.cu", "u8* own_codes = ring + g * 64;", "u8* own_codes = ring + g * 64 + 4;"),
+    "codes are not aligned": ("decode.cu", "u8* own_codes = ring + g * LINE;", "u8* own_codes = ring + g * LINE + 4;"),
     "a barrier of too many": ("decode.cu", "summed[b].init(WARPS)", "summed[b].init(WARPS + 1)"),
     "scales of few rows are read before they are there": ("decode.cu", "    scaled.wait(step & 1);\n", ""),
-    "scales are overwritten": ("decode.cu", "SCALE_BUFFERS = 4;", "SCALE_BUFFERS = 2;"),
+    "scales are overwritten": ("decode.cu", "SCALE_BUFFERS = LINE == 64 ? 4 : 3;", "SCALE_BUFFERS = 2;"),
     "a chunk is read before it is full": ("skinny_4bit.cu", "    full[slot].wait(phase);\n    __syncwarp();\n", ""),
     "a chunk is filled while it is read": ("skinny_4bit.cu", "      free[slot].wait(phase);\n", ""),
     "products of half a chunk are not waited for": ("skinny_4bit.cu", "      wait_for_products<1>();\n", ""),

@@ -115,16 +115,16 @@ def decode_variant(
     device: int,
 ) -> tuple[Kernel, int] | None:
     """The kernel for blocks of this shape, and how many run it."""
-    plan = shapes.decode_plan(shape, n, k, rows, bits, block_size, device)
+    plan = shapes.decode_plan(shape, n, k, rows, bits, block_size, nested, device)
     if plan is None:
         return None
     tiles, row_bytes = -(-rows // 8), k * bits // 8
-    early = plan.single and tiles == 1 and (bits == 8 or plan.chunks <= 4)  # measured on an H200
+    early = plan.single and tiles == 1 and (bits == 8 or plan.chunks * plan.line <= 256)  # measured on an H200
     defines = (
         ("BF16", int(bf16)), ("BITS", bits), ("FORMAT_BLOCK", block_size), ("NESTED", int(nested)),
-        ("COLUMN_TILES", tiles), ("ROW_TILES", shape.row_tiles), ("CHUNKS", plan.chunks), ("STAGES", plan.stages),
-        ("WHOLE", int(plan.whole)), ("WHOLE_CHUNKS", int(row_bytes % shapes.CHUNK == 0)), ("TILES", plan.kept),
-        ("SPLIT", shape.split), ("X_EARLY", int(early)),
+        ("COLUMN_TILES", tiles), ("ROW_TILES", shape.row_tiles), ("LINE", plan.line), ("CHUNKS", plan.chunks),
+        ("STAGES", plan.stages), ("WHOLE", int(plan.whole)), ("WHOLE_CHUNKS", int(row_bytes % plan.line == 0)),
+        ("TILES", plan.kept), ("SPLIT", shape.split), ("X_EARLY", int(early)),
     )  # fmt: skip
     kernel = made("decode.cu", defines, device, _DECODE_ARGUMENTS, 32 * shapes.WARPS, plan.shared)
     return None if kernel is None else (kernel, plan.blocks)
@@ -140,7 +140,7 @@ def decode(
     """
     if rows > shapes.FEW_ROWS or k % (max(block_size, 64) if bits == 4 else 16):
         return None
-    shape = shapes.decode_shape(n, k, rows, bits, block_size, device)
+    shape = shapes.decode_shape(n, k, rows, bits, block_size, nested, device)
     return shape and decode_variant(shape, n, k, rows, bf16, bits, block_size, nested, device)
 
 

@@ -17,7 +17,6 @@ from fewbits.kernels.nvrtc import CudaError
 
 FEW_ROWS = 32  # of x, that decode.cu takes at most
 WARPS = 16  # of decode.cu
-CHUNK = 64  # bytes of a row that a warp takes at a time
 TABLE = 65536  # bytes of its table of pairs
 
 
@@ -64,6 +63,7 @@ class DecodePlan(NamedTuple):
 
     blocks: int
     rounds: int  # tiles of the block that has most
+    line: int  # bytes of a row that a warp takes at a time: its chunks
     chunks: int  # of a warp, for each row
     stages: int
     shared: int
@@ -76,25 +76,34 @@ class DecodePlan(NamedTuple):
 
 
 def decode_plan(
-    shape: DecodeShape, n: int, k: int, rows: int, bits: int, block_size: int, device: int
+    shape: DecodeShape, n: int, k: int, rows: int, bits: int, block_size: int, nested: bool, device: int
 ) -> DecodePlan | None:
     """None where it does not fit a block's memory, or not all blocks run at once that have to."""
     processors, room = limits(device)
     row_tiles, split = shape
     tile_rows, tiles = 16 * row_tiles, -(-rows // 8)
-    room -= 3072 if bits == 4 and row_tiles > 6 and tiles == 1 else 0  # DYNAMIC_COPIES in decode.cu
     row_bytes = k * bits // 8
-    chunks = -(-row_bytes // (CHUNK * WARPS * split))
-    columns = CHUNK * 8 // bits
     weight_tiles = -(-n // tile_rows)
     rounds = -(-weight_tiles * split // processors)
     if split > 1 and (rounds > 1 or weight_tiles > most_clusters(split, device)):
         return None
-    # slots of a warp's ring: measured on an H200
-    stages = 4 if bits == 8 and not (tiles == 4 and rounds == 1 and chunks > 4) else 3
+    # Bytes of a row that a warp takes at a time: whole lines of the cache are faster where what x has for them stays in
+    # registers, and all warps have as much to do as before. Measured on an H200, as the slots of a warp's ring are.
+    line, chunks = 64, -(-row_bytes // (64 * WARPS * split))
+    if (
+        bits == 4 and block_size >= 64 and (tiles == 1 or rounds == 1)
+        and chunks % 2 == 0 and chunks * tiles <= 4 and chunks * row_tiles <= 8
+    ):  # fmt: skip
+        line, chunks, stages = 128, chunks // 2, 2
+    elif bits == 8:
+        stages = 3 if tiles == 4 and rounds == 1 and chunks > 4 else 4
+    else:
+        stages = 4 if nested and tiles == 2 and rounds > 1 else 3
+    columns = line * 8 // bits
     stages = min(stages, chunks * row_tiles + 1)
-    scales = 4 * WARPS * (tile_rows + 1) * max(columns // block_size, 1) * 4 if bits == 4 else 0
-    shared = (TABLE if bits == 4 else 0) + WARPS * stages * 1024 + scales
+    buffers = 4 if line == 64 else 3
+    scales = buffers * WARPS * (tile_rows + 1) * max(columns // block_size, 1) * 4 if bits == 4 else 0
+    shared = (TABLE if bits == 4 else 0) + WARPS * stages * 16 * line + scales
 
     def sums(rows_of_x: int, tiles: int) -> int:
         return WARPS * rows_of_x * (tile_rows * tiles + 4) * 4
@@ -114,8 +123,8 @@ def decode_plan(
     if shared > room:
         return None
     count = weight_tiles * split if rounds == 1 else min(weight_tiles, processors)
-    whole = n % tile_rows == 0 and row_bytes % (CHUNK * WARPS * split) == 0
-    return DecodePlan(count, rounds, chunks, stages, shared, whole, kept)
+    whole = n % tile_rows == 0 and row_bytes % (line * WARPS * split) == 0
+    return DecodePlan(count, rounds, line, chunks, stages, shared, whole, kept)
 
 
 class SkinnyShape(NamedTuple):
@@ -244,13 +253,15 @@ _DECODE_SHAPES = (
 )  # fmt: skip
 
 
-def decode_shape(n: int, k: int, rows: int, bits: int, block_size: int, device: int) -> DecodeShape | None:
-    found = _least_decode(n, k, rows, bits, block_size, device)
+def decode_shape(
+    n: int, k: int, rows: int, bits: int, block_size: int, nested: bool, device: int
+) -> DecodeShape | None:
+    found = _least_decode(n, k, rows, bits, block_size, nested, device)
     return found and found[1]
 
 
 def _least_decode(
-    n: int, k: int, rows: int, bits: int, block_size: int, device: int
+    n: int, k: int, rows: int, bits: int, block_size: int, nested: bool, device: int
 ) -> tuple[float, DecodeShape] | None:
     """The quickest shape of those that fit, and microseconds, about."""
     best: tuple[float, DecodeShape] | None = None
@@ -259,11 +270,11 @@ def _least_decode(
         row_tiles, split = shape
         if row_tiles > 3 and (bits == 8 or rows > 8):
             continue  # registers
-        plan = decode_plan(shape, n, k, rows, bits, block_size, device)
+        plan = decode_plan(shape, n, k, rows, bits, block_size, nested, device)
         if plan is None or (row_tiles > 2 and not plan.single):
             continue
         slot = costs.slot if plan.whole else costs.slot + costs.ragged
-        us = costs.alone + plan.rounds * plan.chunks * (row_tiles * slot + costs.chunk)
+        us = costs.alone + plan.rounds * plan.chunks * (plan.line // 64) * (row_tiles * slot + costs.chunk)
         us += plan.rounds * costs.tile * (plan.kept == 0) + costs.cluster * (split > 1) + _MANY_ROWS * (row_tiles > 3)
         if best is None or us < best[0]:
             best = us, shape
@@ -310,7 +321,7 @@ def quickest(rows: int, n: int, k: int, device: int) -> str:
     """The way that takes the least time, about, of those for up to 256 rows of x and a weight in 4 bits."""
     us = {"skinny": _skinny_us(skinny_shape(rows, n, k, device), rows, n, k, device)}
     if rows <= FEW_ROWS:
-        found = _least_decode(n, k, rows, 4, 64, device)
+        found = _least_decode(n, k, rows, 4, 64, True, device)
         if found is not None:
             us["decode"] = found[0]
     if rows > 64:

@@ -207,6 +207,7 @@ DEVICE void wait_for_count(const u32* counter, u32 count) {
 // as a pair of 16-bit numbers, once for each of the 32 lanes, so that no two lanes meet in a bank. An entry begins every
 // 256 bytes (of which half are unused): then one byte permutation makes an address of a byte and a lane.
 constexpr int PAIR_TABLE_BYTES = 65536;
+constexpr int PAIR_TABLE_GAP = 128;  // where the unused half of an entry begins
 
 // A thread fills halves of entries; what these are it reads first, so that other reads can go on beside.
 template <int THREADS>

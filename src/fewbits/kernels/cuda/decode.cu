@@ -1,7 +1,7 @@
 // out[M, N] = x[M, K] @ weight[N, K].T + bias for a quantized weight and up to 32 rows of x: decoding texts.
 //
 // The weight is read once, as it lies. A block works on tiles of 16 * ROW_TILES rows of it, one after the other. Each of
-// its 16 warps takes chunks of 64 bytes of these rows, every 16th. Their codes come by asynchronous copies through a ring
+// its 16 warps takes chunks of LINE bytes of these rows, every 16th. Their codes come by asynchronous copies through a ring
 // of the warp's own, whose slots are 16 rows of a chunk, some slots ahead. A lane turns its codes into pairs of 16-bit
 // numbers that are operands of the matrix units as they come: which of the 16 columns of a step is which does not matter
 // to a sum, as long as x is permuted alike. Eight bits fit into bf16 and fp16; pairs of four bits are looked up (see
@@ -23,9 +23,9 @@
 // the weight.
 //
 // Compiled for: BF16, BITS (4 or 8), FORMAT_BLOCK (elements of a quantization block), NESTED (double quantization),
-// COLUMN_TILES (8 rows of x each), ROW_TILES, CHUNKS (that a warp takes of a row), STAGES (slots of the ring, at most one
-// more than a tile has), WHOLE (N is a multiple of a tile's rows, and a row's bytes of 1024 * SPLIT), WHOLE_CHUNKS (a
-// row's bytes are a multiple of 64), TILES, SPLIT (1, or with one tile 2 or 4), X_EARLY (x is read before the tables are
+// COLUMN_TILES (8 rows of x each), ROW_TILES, LINE (64, or 128 in 4 bits with blocks of 64 and more), CHUNKS (that a warp
+// takes of a row), STAGES (slots of the ring, at most one more than a tile has), WHOLE (N is a multiple of a tile's rows,
+// and a row's bytes of 16 * LINE * SPLIT), WHOLE_CHUNKS (a row's bytes are a multiple of LINE), TILES, SPLIT (1, or with one tile 2 or 4), X_EARLY (x is read before the tables are
 // filled: it pays where a block has one tile). The grid: with one tile SPLIT blocks for each, else any number.
 
 struct Arguments {
@@ -45,24 +45,27 @@ struct Arguments {
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr bool SINGLE = TILES == 1, ALL_KEPT = TILES > 1;  // sums
 constexpr int ROWS = 16 * ROW_TILES;
-constexpr int CHUNK = 64 * 8 / BITS;                   // columns
+constexpr int CHUNK = LINE * 8 / BITS;                 // columns
 constexpr int UNIT = FORMAT_BLOCK < 64 ? 32 : 64;      // columns that share a scale and go to the matrix units together
 constexpr int UNITS = CHUNK / UNIT, STEPS = UNIT / 16;
 constexpr int CHUNK_SCALES = FORMAT_BLOCK < CHUNK ? CHUNK / FORMAT_BLOCK : 1;
-constexpr int SLOT = 1024, RING = STAGES * SLOT;
+constexpr int SLOT = 16 * LINE, RING = STAGES * SLOT;
 constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
 constexpr int SCALES = (ROWS + 1) * CHUNK_SCALES;      // floats of a chunk; one more row: chunks begin at other banks
-constexpr int SCALE_BUFFERS = 4;                       // each of a chunk of every warp
+constexpr int SCALE_BUFFERS = LINE == 64 ? 4 : 3;      // each of a chunk of every warp; three would do, but for a remainder
 constexpr int SCALE_TURNS = (ROW_TILES + 1) / 2;       // a thread reads the scales of one row and chunk in each
-// copies of the values of scales' codes: lanes of one look-up meet in fewer banks; where there are few, making them takes
-// longer than that saves (measured on an H200)
-constexpr int DYNAMIC_COPIES = SCALE_TURNS > 3 && COLUMN_TILES == 1 ? 4 : 1;
+// The values of scales' codes, for each lane: in the gaps of the table of pairs, so that no two lanes meet in a bank. With
+// fewer scales such copies take longer to make than they save (measured on an H200).
+constexpr bool DYNAMIC_COPIES = NESTED && ROW_TILES > 3;
+// Scales are read two chunks before they are decoded, not one: where it pays (measured on an H200), and where a chunk's
+// number says which of two places is its own.
+constexpr int SCALES_AHEAD = NESTED && COLUMN_TILES == 2 && !SINGLE && CHUNKS % 2 == 0 ? 2 : 1;
 constexpr int KEPT_ROWS = ALL_KEPT ? TILES * ROWS : ROWS;  // whose sums are in a buffer
 constexpr int PARTIAL_STRIDE = KEPT_ROWS + 4;          // floats: what a warp writes at once lies in 32 banks
 constexpr int X_WORDS = UNITS * COLUMN_TILES * 2 * STEPS;  // of a chunk
 // in registers: all of x, or what is wanted now and, where there is room, next; or the next takes its place unit by unit;
 // the bounds were measured on an H200
-constexpr bool X_STAYS = CHUNKS * X_WORDS <= 64 && TILE_SLOTS <= (BITS == 8 ? 16 : 8);
+constexpr bool X_STAYS = CHUNKS * X_WORDS <= 64 && TILE_SLOTS * SLOT <= (BITS == 8 ? 16384 : 8192);
 constexpr bool X_AHEAD = !X_STAYS && X_WORDS <= (BITS == 8 ? 24 : SINGLE ? 32 : 16);
 constexpr bool X_IN_PLACE = !X_STAYS && !X_AHEAD;
 constexpr int X_KEPT = X_STAYS ? CHUNKS : 1 + X_AHEAD;
@@ -77,7 +80,7 @@ struct __align__(4 * CHUNK_SCALES) Scales {
   float of[CHUNK_SCALES];
 };
 
-// the same as stored, on its way
+// the same as stored, on its way: what is read at once stays in the first, since taking it apart would wait for it
 struct RawScales {
   u32 codes[CHUNK_SCALES];
   float nested[CHUNK_SCALES];
@@ -119,7 +122,7 @@ DEVICE void load_x(Operands& to, const Arguments& a, int chunk, int lane) {
 // codes: of a slot, at the lane's row g and columns; done: called when a unit of x is no longer wanted
 template <typename Done>
 DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8* codes, Done done) {
-  const Codes upper = *(const Codes*)codes, lower = *(const Codes*)(codes + 512);
+  const Codes upper = *(const Codes*)codes, lower = *(const Codes*)(codes + 8 * LINE);
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
     const u32 operand[4] = {pair_of_bytes<0>(upper.word[s]), pair_of_bytes<0>(lower.word[s]),
@@ -140,7 +143,7 @@ DEVICE void multiply(float (&sums)[COLUMN_TILES][4], const Operands& x, const u8
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
     const u8* from = codes + unit_at[u];
-    const Codes upper = *(const Codes*)from, lower = *(const Codes*)(from + 512);
+    const Codes upper = *(const Codes*)from, lower = *(const Codes*)(from + 8 * LINE);
     float part[COLUMN_TILES][4] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
@@ -173,7 +176,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ Barrier scaled;  // all warps have written their part of a chunk's scales
   __shared__ Barrier summed[2], added[2];  // the warps' sums of a tile are there; they have been added
-  __shared__ __align__(16) float dynamic[256 * DYNAMIC_COPIES];
+  __shared__ float dynamic[256];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const u32 lane4 = lane * 4;
   const int row_bytes = columns(a) * BITS / 8, row_blocks = columns(a) / FORMAT_BLOCK;
@@ -196,12 +199,15 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   float* partial = (float*)(shared + max(BEFORE, OVER_IT));
 
   // ------------------------------------------------------------------------------------------ codes on their way
-  // A lane copies 16 bytes of row lane / 4 and of the eighth after it. Within a row of 64 bytes the four pieces change
-  // places so that lanes that read 8 (or 4) bytes each of 8 rows below find them in different banks; 16 they do as it is.
-  const int piece = lane & 3;
-  auto swizzle = [](int row) { return BITS == 8 ? 0 : (row >> 1 & 1) * 2 | (row >> 2 & 1); };
-  const u32 copy_to = shared_address(ring) + g * 64 + (piece ^ swizzle(g)) * 16;
-  const u32 own_place = (u32)g * row_bytes + own_chunk * 64 + piece * 16;
+  // A lane copies 16 bytes of a row, and of each COPY_ROWS below it. Within a row the pieces change places so that lanes
+  // that read 8 (or 4) bytes each of 8 rows below find them in different banks; 16 they do as it is.
+  constexpr int PIECES = LINE / 16, COPY_ROWS = 32 / PIECES;
+  const int piece = lane % PIECES, copy_row = lane / PIECES;
+  auto swizzle = [](int row) {
+    return BITS == 8 ? 0 : LINE == 64 ? (row >> 1 & 1) * 2 | (row >> 2 & 1) : (row & 3) * 2 | (row >> 2 & 1);
+  };
+  const u32 copy_to = shared_address(ring) + copy_row * LINE + (piece ^ swizzle(copy_row)) * 16;
+  const u32 own_place = (u32)copy_row * row_bytes + own_chunk * LINE + piece * 16;
   const long long tile_bytes = (long long)gridDim.x * ROWS * row_bytes;
   const u8* tile_begin = a.packed + (long long)row_of(0) * row_bytes;
   const u8* lane_begin = tile_begin + own_place;
@@ -212,18 +218,18 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     if ((!next || index + 1 < own_tiles) && (WHOLE || chunk_of(i) < chunks)) {
       // What is added last: a lane's place to a block's address, or a block's rows to a lane's address. With one tile the
       // first takes fewer registers, with several the second fewer instructions: 3 to 8 % of time on an H200 either way.
-      const u8* from = (SINGLE && !WHOLE ? tile_begin : lane_begin + (next ? tile_bytes : 0)) + i * (SPLIT * WARPS * 64);
-      int upper_row = r * 16, lower_row = r * 16 + 8;
-      bool there = true;
-      if (!WHOLE) {  // rows past the last are read as the last, and not written
-        const int last = a.n - 1 - row_of(index + next) - g;
-        upper_row = min(upper_row, last), lower_row = min(lower_row, last);
-        there = WHOLE_CHUNKS || chunk_of(i) * 64 + piece * 16 < row_bytes;
+      const u8* from = (SINGLE && !WHOLE ? tile_begin : lane_begin + (next ? tile_bytes : 0)) + i * (SPLIT * WARPS * LINE);
+      const int last = WHOLE ? 0 : a.n - 1 - row_of(index + next) - copy_row;
+      const bool there = WHOLE_CHUNKS || chunk_of(i) * LINE + piece * 16 < row_bytes;
+#pragma unroll
+      for (int j = 0; j < 16 / COPY_ROWS; j++) {
+        int row = r * 16 + j * COPY_ROWS;
+        if (!WHOLE) row = min(row, last);  // rows past the last are read as the last, and not written
+        long long at = (long long)row * row_bytes;
+        if constexpr (SINGLE && !WHOLE) at = (u32)at + own_place;
+        copy_async((copy_to ^ swizzle(j * COPY_ROWS) * 16) + slot * SLOT + j * 512, there ? from + at : a.packed,
+                   there ? 16 : 0);
       }
-      long long upper = (long long)upper_row * row_bytes, lower = (long long)lower_row * row_bytes;
-      if constexpr (SINGLE && !WHOLE) upper = (u32)upper + own_place, lower = (u32)lower + own_place;
-      copy_async(copy_to + slot * SLOT, there ? from + upper : a.packed, there ? 16 : 0);
-      copy_async(copy_to + slot * SLOT + 512, there ? from + lower : a.packed, there ? 16 : 0);
     }
     commit_copies();
   };
@@ -251,11 +257,9 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
       const int column = FORMAT_BLOCK < CHUNK ? chunk * CHUNK_SCALES : chunk / (FORMAT_BLOCK / CHUNK);
       const u32 block = (u32)row * row_blocks + column;
       if constexpr (WHOLE_CHUNKS && NESTED && CHUNK_SCALES > 1) {  // neighbours in one read, under one scale of scales
-        const u32 codes = CHUNK_SCALES == 2 ? *(const u16*)((const u8*)a.scales + block)
-                                            : *(const u32*)((const u8*)a.scales + block);
+        raw.codes[0] = CHUNK_SCALES == 2 ? *(const u16*)((const u8*)a.scales + block)
+                                         : *(const u32*)((const u8*)a.scales + block);
         raw.nested[0] = a.nested[block >> 8];
-#pragma unroll
-        for (int s = 0; s < CHUNK_SCALES; s++) raw.codes[s] = codes >> 8 * s & 255, raw.nested[s] = raw.nested[0];
       } else if constexpr (WHOLE_CHUNKS && CHUNK_SCALES > 1) {
         const Scales plain = *(const Scales*)((const float*)a.scales + block);
 #pragma unroll
@@ -275,14 +279,19 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     }
     return raw;
   };
-  auto value_of_code = [&](u32 code) { return dynamic[code * DYNAMIC_COPIES + lane % DYNAMIC_COPIES]; };
+  constexpr bool AT_ONCE = WHOLE_CHUNKS && CHUNK_SCALES > 1;
+  auto scale_of = [&](const RawScales& raw, int s) {
+    if (!NESTED) return raw.plain[s];
+    const u32 code = AT_ONCE ? raw.codes[0] >> 8 * s & 255 : raw.codes[s];
+    const float value = DYNAMIC_COPIES ? *(const float*)(table + PAIR_TABLE_GAP + code * 256 + lane4) : dynamic[code];
+    return value * raw.nested[AT_ONCE ? 0 : s] + offset;
+  };
   auto write_scales = [&](u32 step, const RawScales& raw, int turn) {
     const int at = turn * THREADS + thread, row_of_tile = at / WARPS;
     if (ROWS % 32 == 0 || row_of_tile < ROWS) {
       Scales decoded;
 #pragma unroll
-      for (int s = 0; s < CHUNK_SCALES; s++)
-        decoded.of[s] = NESTED ? value_of_code(raw.codes[s]) * raw.nested[s] + offset : raw.plain[s];
+      for (int s = 0; s < CHUNK_SCALES; s++) decoded.of[s] = scale_of(raw, s);
       *(Scales*)(scales + (step % SCALE_BUFFERS * WARPS + at % WARPS) * SCALES + row_of_tile * CHUNK_SCALES) = decoded;
     }
   };
@@ -290,10 +299,13 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     __syncwarp();
     if (lane == 0) scaled.arrive();
   };
-  RawScales raw[SCALE_TURNS], following[SCALE_TURNS];
+  RawScales first[SCALE_TURNS], raw[SCALES_AHEAD][SCALE_TURNS];
 #pragma unroll
-  for (int turn = 0; turn < SCALE_TURNS; turn++)
-    raw[turn] = read_scales(0, 0, turn), following[turn] = read_scales(0, 1, turn);
+  for (int turn = 0; turn < SCALE_TURNS; turn++) {
+    first[turn] = read_scales(0, 0, turn);
+#pragma unroll
+    for (int i = 1; i <= SCALES_AHEAD; i++) raw[i % SCALES_AHEAD][turn] = read_scales(0, i, turn);
+  }
 #endif
 
   // ------------------------------------------------------------------------------------------ x and the tables
@@ -302,7 +314,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     for (int b = 0; b < 2; b++) summed[b].init(WARPS), added[b].init(WARPS);
   }
 #if BITS == 4
-  const float value = NESTED && thread < 256 ? a.dynamic[thread] : 0.0f;
+  const float value = NESTED && (DYNAMIC_COPIES || thread < 256) ? a.dynamic[DYNAMIC_COPIES ? thread / 2 : thread] : 0.0f;
   const auto own_pairs = read_pairs<THREADS>(a.pairs);
 #endif
   Operands x[X_KEPT];
@@ -313,20 +325,14 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   };
   if (X_EARLY) load_first_x();
 #if BITS == 4
-  if (NESTED && thread < 256) {
-    float* own = dynamic + thread * DYNAMIC_COPIES;
-    if constexpr (DYNAMIC_COPIES == 1) *own = value;
-    if constexpr (DYNAMIC_COPIES == 4) *(float4*)own = make_float4(value, value, value, value);
-  }
+  if (NESTED && !DYNAMIC_COPIES && thread < 256) dynamic[thread] = value;
   fill_pair_table<THREADS>(table, own_pairs);
+  if (DYNAMIC_COPIES) fill_pair_table<THREADS>(table + PAIR_TABLE_GAP, {__float_as_uint(value)});
 #endif
   __syncthreads();
 #if BITS == 4
 #pragma unroll
-  for (int turn = 0; turn < SCALE_TURNS; turn++) {
-    write_scales(0, raw[turn], turn);
-    raw[turn] = following[turn];
-  }
+  for (int turn = 0; turn < SCALE_TURNS; turn++) write_scales(0, first[turn], turn);
   scales_are_written();
 #endif
   if (!X_EARLY) load_first_x();
@@ -337,7 +343,7 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   for (int u = 0; u < UNITS; u++)
     unit_at[u] = UNIT == 64 ? ((u * 2 + (t >> 1)) ^ swizzle(g)) * 16 + (t & 1) * 8 : (u ^ swizzle(g)) * 16 + t * 4;
 #endif
-  const u8* own_codes = ring + g * 64;
+  const u8* own_codes = ring + g * LINE;
   int slot = 0;
   u32 step = 0;  // chunks that the warp has taken, of all tiles
   Sums sums;
@@ -345,12 +351,14 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   auto take = [&](int index, int i, Operands& operands, bool last) {
 #if BITS == 4
     scaled.wait(step & 1);
+    const float* own_scales = scales + (step % SCALE_BUFFERS * WARPS + warp) * SCALES + g * CHUNK_SCALES;
     if (!last) {
       // a warp may still be reading the scales of the step before, none those of two before
 #pragma unroll
       for (int turn = 0; turn < SCALE_TURNS; turn++) {
-        write_scales(step + 1, raw[turn], turn);
-        raw[turn] = read_scales(index, i + 2, turn);
+        RawScales& next = raw[(i + 1) % SCALES_AHEAD][turn];
+        write_scales(step + 1, next, turn);
+        next = read_scales(index, i + 1 + SCALES_AHEAD, turn);
       }
       scales_are_written();
     }
@@ -367,8 +375,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
             load_unit(operands, a, chunk_to_load(i + 1 < CHUNKS ? i + 1 : 0), u, lane);
       };
 #if BITS == 4
-      const float* own_scales = scales + (step % SCALE_BUFFERS * WARPS + warp) * SCALES + (r * 16 + g) * CHUNK_SCALES;
-      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, own_scales, table, lane4, x_is_done);
+      const float* row_scales = own_scales + r * 16 * CHUNK_SCALES;
+      if (there) multiply(sums[r], operands, own_codes + slot * SLOT, unit_at, row_scales, table, lane4, x_is_done);
 #else
       if (there) multiply(sums[r], operands, own_codes + slot * SLOT + t * 16, x_is_done);
 #endif
