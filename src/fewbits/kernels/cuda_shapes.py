@@ -194,7 +194,7 @@ class _DecodeCost(NamedTuple):
 # of decode.cu by bits of the weight and tiles of 8 rows of x
 _DECODE_COSTS = {
     4: {
-        1: _DecodeCost(1.35, 0.536, 0.231, 0.0, 0.22), 2: _DecodeCost(1.42, 0.790, 0.304, 0.0, 0.09, 0.107),
+        1: _DecodeCost(1.35, 0.536, 0.231, 0.0, 0.22), 2: _DecodeCost(1.42, 0.790, 0.304, 0.0, 0.09, 0.02),
         3: _DecodeCost(1.18, 1.039, 0.656, 0.24, 0.43), 4: _DecodeCost(0.0, 1.690, 0.960, 0.38, 0.58, 0.086),
     },
     8: {
