@@ -25,8 +25,9 @@
 // Compiled for: BF16, BITS (4 or 8), FORMAT_BLOCK (elements of a quantization block), NESTED (double quantization),
 // COLUMN_TILES (8 rows of x each), ROW_TILES, LINE (64, or 128 in 4 bits with blocks of 64 and more), CHUNKS (that a warp
 // takes of a row), STAGES (slots of the ring, at most one more than a tile has), WHOLE (N is a multiple of a tile's rows,
-// and a row's bytes of 16 * LINE * SPLIT), WHOLE_CHUNKS (a row's bytes are a multiple of LINE), TILES, SPLIT (1, or with one tile 2 or 4), X_EARLY (x is read before the tables are
-// filled: it pays where a block has one tile). The grid: with one tile SPLIT blocks for each, else any number.
+// and a row's bytes of 16 * LINE * SPLIT), WHOLE_CHUNKS (a row's bytes are a multiple of LINE), TILES, SPLIT (1, or with
+// one tile 2 or 4), X_EARLY (x is read before the tables are filled: it pays where a block has one tile). The grid: with
+// one tile SPLIT blocks for each, else any number.
 
 struct Arguments {
   const u8* packed;         // [N, K / 2], or [N, K] in 8 bits
@@ -52,7 +53,7 @@ constexpr int CHUNK_SCALES = FORMAT_BLOCK < CHUNK ? CHUNK / FORMAT_BLOCK : 1;
 constexpr int SLOT = 16 * LINE, RING = STAGES * SLOT;
 constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
 constexpr int SCALES = (ROWS + 1) * CHUNK_SCALES;      // floats of a chunk; one more row: chunks begin at other banks
-constexpr int SCALE_BUFFERS = LINE == 64 ? 4 : 3;      // each of a chunk of every warp; three would do, but for a remainder
+constexpr int SCALE_BUFFERS = LINE == 64 ? 4 : 3;      // each of a chunk of every warp; 3 do, 4 are quicker to count
 constexpr int SCALE_TURNS = (ROW_TILES + 1) / 2;       // a thread reads the scales of one row and chunk in each
 // The values of scales' codes, for each lane: in the gaps of the table of pairs, so that no two lanes meet in a bank. With
 // fewer scales such copies take longer to make than they save (measured on an H200).
