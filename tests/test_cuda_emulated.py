@@ -137,16 +137,8 @@ def test_lines(cuda, spec, rows, n, k, line, monkeypatch):
 @pytest.mark.parametrize(
     ("limits", "shape", "spec", "rows", "n", "k", "dtype", "bias"),
     [
-        (
-            (8, 230_000),
-            (2, 2),
-            QuantSpec("nf4", 64, True),
-            3,
-            90,
-            8192,
-            BF16,
-            BF16,
-        ),  # lines, and blocks that share them
+        # whole lines, and blocks that share them
+        ((8, 230_000), (2, 2), QuantSpec("nf4", 64, True), 3, 90, 8192, BF16, BF16),
         ((8, 230_000), (1, 2), QuantSpec("nf4", 64), 16, 60, 7168, FP16, None),
         ((4, 230_000), (3, 1), QuantSpec("nf4", 64, True), 3, 130, 2112, BF16, BF16),
         ((4, 230_000), (3, 2), QuantSpec("nf4", 64), 9, 90, 4160, FP16, None),  # one block of two has less to do

@@ -63,6 +63,7 @@ def test_a_gpu_that_is_not_in_the_table_takes_ways_for_any(gpu):
     ("rows", "n", "k", "way"),
     [
         (16, 4096, 14336, "decode"), (16, 28672, 4096, "decode"), (16, 13824, 5120, "skinny"),
+        (9, 3584, 18944, "decode"), (16, 3584, 18944, "decode"),
         (24, 4096, 4096, "decode"), (32, 1024, 4096, "decode"), (24, 6144, 4096, "decode"), (24, 5120, 5120, "skinny"),
         (32, 6144, 4096, "skinny"), (32, 28672, 4096, "skinny"), (32, 4096, 14336, "skinny"),
         (64, 4096, 14336, "skinny"), (128, 4096, 4096, "skinny"), (128, 1024, 4096, "skinny"),
@@ -83,6 +84,22 @@ def test_the_quickest_is_what_was_measured_to_be(gpu, rows, n, k, way):
 )  # fmt: skip
 def test_blocks_have_the_shape_that_was_measured_to_be_quickest(gpu, bits, rows, n, k, shape):
     assert cuda_shapes.wide_shape(rows, n, k, bits, 0) == shape
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "shape", "line"),
+    [
+        (1, 28672, 4096, (2, 1), 128), (8, 28672, 4096, (2, 1), 128), (16, 28672, 4096, (2, 1), 64),
+        (1, 6144, 4096, (3, 1), 128), (16, 6144, 4096, (3, 1), 128), (8, 1024, 4096, (2, 2), 64),
+        (1, 4096, 14336, (2, 1), 64), (1, 13824, 5120, (7, 1), 64), (16, 5120, 5120, (3, 1), 64),
+        (16, 2560, 9728, (3, 2), 64), (8, 8192, 8192, (2, 1), 128), (1, 3584, 18944, (2, 1), 64),
+    ],
+)  # fmt: skip
+def test_few_rows_have_the_blocks_that_were_measured_to_be_quickest(gpu, rows, n, k, shape, line, nested):
+    found = cuda_shapes.decode_shape(n, k, rows, 4, 64, nested, 0)
+    assert found == shape
+    assert cuda_shapes.decode_plan(found, n, k, rows, 4, 64, nested, 0).line == line
 
 
 @pytest.mark.parametrize("bits", [4, 8])

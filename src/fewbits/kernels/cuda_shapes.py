@@ -101,7 +101,7 @@ def decode_plan(
         stages = 4 if nested and tiles == 2 and rounds > 1 else 3
     columns = line * 8 // bits
     stages = min(stages, chunks * row_tiles + 1)
-    buffers = 4 if line == 64 else 3
+    buffers = 4 if line == 64 else 3  # SCALE_BUFFERS in decode.cu
     scales = buffers * WARPS * (tile_rows + 1) * max(columns // block_size, 1) * 4 if bits == 4 else 0
     shared = (TABLE if bits == 4 else 0) + WARPS * stages * 16 * line + scales
 

@@ -205,9 +205,9 @@ DEVICE void wait_for_count(const u32* counter, u32 count) {
 
 // A byte holds two 4-bit codes, the first in its high half. This table has, for each of the 256 bytes, the two values
 // as a pair of 16-bit numbers, once for each of the 32 lanes, so that no two lanes meet in a bank. An entry begins every
-// 256 bytes (of which half are unused): then one byte permutation makes an address of a byte and a lane.
+// 256 bytes and takes half of them: then one byte permutation makes an address of a byte and a lane.
 constexpr int PAIR_TABLE_BYTES = 65536;
-constexpr int PAIR_TABLE_GAP = 128;  // where the unused half of an entry begins
+constexpr int PAIR_TABLE_GAP = 128;  // where the free half of an entry begins: room for one more such table
 
 // A thread fills halves of entries; what these are it reads first, so that other reads can go on beside.
 template <int THREADS>

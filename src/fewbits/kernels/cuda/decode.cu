@@ -50,6 +50,7 @@ constexpr int CHUNK = LINE * 8 / BITS;                 // columns
 constexpr int UNIT = FORMAT_BLOCK < 64 ? 32 : 64;      // columns that share a scale and go to the matrix units together
 constexpr int UNITS = CHUNK / UNIT, STEPS = UNIT / 16;
 constexpr int CHUNK_SCALES = FORMAT_BLOCK < CHUNK ? CHUNK / FORMAT_BLOCK : 1;
+constexpr bool AT_ONCE = WHOLE_CHUNKS && CHUNK_SCALES > 1;  // a thread reads all of a chunk's scales in a row
 constexpr int SLOT = 16 * LINE, RING = STAGES * SLOT;
 constexpr int TILE_SLOTS = CHUNKS * ROW_TILES;
 constexpr int SCALES = (ROWS + 1) * CHUNK_SCALES;      // floats of a chunk; one more row: chunks begin at other banks
@@ -245,7 +246,8 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
   for (int s = 0; s < STAGES - 1; s++) copy(0, s / ROW_TILES, s % ROW_TILES, s);
 
   // ------------------------------------------------------------------------------------------ scales
-  // A thread reads those of one row and chunk at a time, two of a warp's chunks ahead, and writes them one ahead.
+  // A thread reads those of one row and chunk at a time, and writes them SCALES_AHEAD of a warp's chunks later, one before
+  // they are wanted.
 #if BITS == 4
   const float offset = NESTED ? *a.offset : 0.0f;
   auto read_scales = [&](int index, int i, int turn) {
@@ -257,11 +259,11 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
       if (!WHOLE) row = min(row, a.n - 1);
       const int column = FORMAT_BLOCK < CHUNK ? chunk * CHUNK_SCALES : chunk / (FORMAT_BLOCK / CHUNK);
       const u32 block = (u32)row * row_blocks + column;
-      if constexpr (WHOLE_CHUNKS && NESTED && CHUNK_SCALES > 1) {  // neighbours in one read, under one scale of scales
+      if constexpr (AT_ONCE && NESTED) {  // neighbours in one read, under one scale of scales
         raw.codes[0] = CHUNK_SCALES == 2 ? *(const u16*)((const u8*)a.scales + block)
                                          : *(const u32*)((const u8*)a.scales + block);
         raw.nested[0] = a.nested[block >> 8];
-      } else if constexpr (WHOLE_CHUNKS && CHUNK_SCALES > 1) {
+      } else if constexpr (AT_ONCE) {
         const Scales plain = *(const Scales*)((const float*)a.scales + block);
 #pragma unroll
         for (int s = 0; s < CHUNK_SCALES; s++) raw.plain[s] = plain.of[s];
@@ -280,7 +282,6 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1) decode(const
     }
     return raw;
   };
-  constexpr bool AT_ONCE = WHOLE_CHUNKS && CHUNK_SCALES > 1;
   auto scale_of = [&](const RawScales& raw, int s) {
     if (!NESTED) return raw.plain[s];
     const u32 code = AT_ONCE ? raw.codes[0] >> 8 * s & 255 : raw.codes[s];
