@@ -6,6 +6,7 @@ Triton's interpreter, since that has to be chosen before Triton is imported.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -285,13 +286,13 @@ class TestKernels:
 
 
 class TestCompiled:
-    """What the interpreter does not see: whether the kernels are Triton that compiles, here for an H100 or H200."""
+    """What the interpreter does not see: whether the kernels are Triton that compiles, for GPUs of several kinds."""
 
     __test__ = not INTERPRETED
 
     @pytest.fixture
-    def compiled(self, monkeypatch, tmp_path):
-        """A function that compiles what a call would launch on an NVIDIA GPU, and gives the assembly."""
+    def compiled_for(self, monkeypatch, tmp_path):
+        """A function that compiles what a call would launch on such a GPU, and gives the assembly."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -299,9 +300,8 @@ class TestCompiled:
         from fewbits.kernels import triton_backend
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(triton_backend, "_NVIDIA", True)
         types = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8"}
-        texts = []
+        texts, target, assembly = [], None, ""
 
         def launch(kernel, grid, on, *args, **options):
             names = [parameter.name for parameter in kernel.params]
@@ -320,19 +320,29 @@ class TestCompiled:
             texts.append(
                 triton.compile(
                     ASTSource(kernel, signature, constants, attributes),
-                    target=GPUTarget("cuda", 90, 32),
+                    target=target,
                     options={k: v for k, v in options.items() if k not in names},
-                ).asm["ptx"]
+                ).asm[assembly]
             )
 
         monkeypatch.setattr(triton_backend, "_launch", launch)
 
-        def run(op, *args):
+        def run(architecture, op, *args):
+            nonlocal target, assembly
+            nvidia = isinstance(architecture, int)
+            target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
+            assembly = "ptx" if nvidia else "amdgcn"
+            monkeypatch.setattr(triton_backend, "_NVIDIA", nvidia)
             texts.clear()
             getattr(triton_backend, op)(*args)
             return texts
 
         return run
+
+    @pytest.fixture(params=[75, 90, 120], ids="sm_{}".format)
+    def compiled(self, request, compiled_for):
+        """The same for an NVIDIA GPU: the oldest that is served, an H100 or H200, and a new one."""
+        return functools.partial(compiled_for, request.param)
 
     def test_quantizing(self, compiled):
         w = torch.empty(64, 4096, dtype=torch.bfloat16)
@@ -375,6 +385,23 @@ class TestCompiled:
         compiled("linear_4bit", torch.empty(1, 32), packed, absmax, None, None, None, "nf4", 32, [1, 32])
         compiled("linear_int8", torch.empty(1, 1), q[:1, :1], absmax[:1], None, 6.0)
         compiled("linear_int8", torch.empty(9, 4096), q, torch.empty(64), None, 6.0)
+
+    def test_for_an_amd_gpu(self, compiled_for):
+        compiled = functools.partial(compiled_for, "gfx942")
+        w, state = torch.empty(64, 4096, dtype=torch.bfloat16), (torch.empty(64 * 64), None, None)
+        packed, q = torch.empty(64, 2048, dtype=torch.uint8), torch.empty(64, 4096, dtype=torch.int8)
+        for call in (
+            ("quantize_4bit", w, "nf4", 64),
+            ("quantize_int8", w),
+            ("dequantize_4bit", packed, *state, "nf4", 64, [64, 4096], torch.bfloat16),
+            ("dequantize_int8", q, torch.empty(64), torch.float16),
+            ("linear_4bit", w[:1], packed, *state, None, "nf4", 64, [64, 4096]),
+            ("linear_4bit", w[:8], packed, *state, None, "nf4", 64, [64, 4096]),
+            ("linear_int8", w[:8], q, torch.empty(64), None, 6.0),
+        ):
+            texts = compiled(*call)
+            assert texts, call
+            assert all("amdgcn" in text for text in texts), call
 
 
 # ------------------------------------------------------------------------------------------------- processes
