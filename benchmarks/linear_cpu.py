@@ -14,7 +14,7 @@ one (by default avx2 and portable; none: no others).
 Conversions are given as bytes of bf16 a second and core (quantizing, by one core alone and by all, who share the
 memory) and as a share of a copy's speed (dequantizing); both make new tensors.
 
-Writes ``benchmarks/results/linear-cpu.json``.
+Writes ``benchmarks/results/linear-cpu.json``, or ``linear-cpu-amx.json`` where that is the instruction set.
 """
 
 from __future__ import annotations
@@ -318,7 +318,8 @@ def main(argv: list[str]) -> None:
     for row in converted:
         show(row)
     result = {**facts("cpu"), "level": level(), "rows": rows, "levels": others, "conversions": converted}
-    target = Path(__file__).parent / "results" / "linear-cpu.json"
+    name = "linear-cpu-amx.json" if level() == "amx" else "linear-cpu.json"
+    target = Path(__file__).parent / "results" / name
     target.write_text(json.dumps(result, indent=1) + "\n")
     targets = [t for row in (*rows, *itertools.chain(*others.values()), *converted) for t in row["targets"]]
     print(f"{sum(not t['met'] for t in targets)} of {len(targets)} bounds missed")

@@ -13,7 +13,7 @@ from fewbits.kernels import codebooks, cpu_backend, reference
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 LEVELS = cpu_backend.levels()
-INTEGERS = {"avx512_bf16", "avx512", "avx2"}  # others multiply in fp32 whatever the threshold is
+INTEGERS = {"amx", "avx512_bf16", "avx512", "avx2"}  # others multiply in fp32 whatever the threshold is
 FEW_ROWS, TWO_DIGITS_ROWS = 4, 8  # up to which x is not quantized, and in 16 bits
 # less than a register, a group of rows or a panel; more; no multiple of any of them
 SHAPES = [(1, 1), (1, 257), (3, 40), (5, 8), (33, 70), (64, 128), (67, 1000), (130, 96), (200, 64)]

@@ -64,7 +64,7 @@ def _bound(exact, magnitude, dtype, terms):
 
     Where the level multiplies in bf16, the weight is rounded to it; as integers of 16 bits its values are.
     """
-    weight = 2.0**-8 if cpu_backend.level() == "avx512_bf16" and dtype is torch.bfloat16 else 0.0
+    weight = 2.0**-8 if cpu_backend.level() in ("amx", "avx512_bf16") and dtype is torch.bfloat16 else 0.0
     if cpu_backend.level() == "avx2" and dtype is not torch.float32:
         weight = 0.5 / 8064 / min(abs(value) for value in codebooks.NF4 if value)
     sums = 2.0**-24 * (terms**0.5 * 2 + 4)  # errors of random sign; the scale's and the product's roundings
@@ -149,6 +149,26 @@ def test_many_rows_are_worked_on_in_parts(level):
     x = torch.randn(2500, 320)
     _check(cpu_backend.linear_4bit(x, *state, None, *spec), x, w.t(), torch.float32)
     _check(cpu_backend.linear_4bit_t(x[:, :40], *state, *spec), x[:, :40], w, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [("nf4", 64, True), ("fp4", 64, False), ("nf4", 192, True)], ids=str)
+def test_many_rows_of_large_weights(kind, level):
+    """More rows of both, and more columns, than are worked on at a time, none of them a whole number of that."""
+    state, spec, w = _weight(kind, (334, 2496))
+    before = torch.get_num_threads()
+    for rows in (16, 17, 33, 100, 530):
+        x, bias = torch.randn(rows, 2496).bfloat16(), torch.randn(334)
+        outs = []
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                outs.append(cpu_backend.linear_4bit(x, *state, bias, *spec))
+        finally:
+            torch.set_num_threads(before)
+        _check(outs[0], x, w.t(), torch.bfloat16, bias)
+        assert torch.equal(outs[0], outs[1])
+        g = torch.randn(rows, 334).bfloat16()
+        _check(cpu_backend.linear_4bit_t(g, *state, *spec), g, w, torch.bfloat16)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])

@@ -1,7 +1,7 @@
 """The CPU backend: native kernels in C++, compiled with the package for several instruction sets, chosen as it runs.
 
 They run on torch's own threads, as many as :func:`torch.get_num_threads` says, and without the GIL. ``FEWBITS_CPU``
-(avx512_bf16, avx512, avx2, neon, portable) forces an instruction set; without it the fastest is taken.
+(amx, avx512_bf16, avx512, avx2, neon, portable) forces an instruction set; without it the fastest is taken.
 What is not served here (dtypes beside fp32, fp16 and bf16) is left to the reference, by returning ``NotImplemented``.
 
 4 bits: values of codes and scales are fp32, sums are fp32, and the output is rounded once. With instructions for bf16,

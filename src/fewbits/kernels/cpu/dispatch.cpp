@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -19,8 +23,18 @@ FEWBITS_LEVELS
 namespace {
 
 #if defined(__x86_64__)
+// Linux saves the 8 KiB of a thread's tiles for processes that have asked for it, which all its threads may then use.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
 struct Cpu {
-    bool avx2 = false, avx512 = false, avx512_bf16 = false, intel = false;
+    bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false, intel = false;
 
     Cpu() {
         unsigned a, b, c, d;
@@ -30,10 +44,11 @@ struct Cpu {
         if (!xsave) return;
         unsigned state, high;  // registers that the operating system saves
         __asm__("xgetbv" : "=a"(state), "=d"(high) : "c"(0));
-        const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
+        const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6, tmm = (state & 0x60000) == 0x60000;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
         const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
         const bool vbmi = c >> 1 & 1, vnni = c >> 11 & 1;
+        const bool tiles = d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1;  // with products of bf16 and of 8 bits
         avx2 = ymm && (b >> 5 & 1) && fma && f16c;
         avx512 = avx2 && zmm && (b & wanted) == wanted && vnni;
         const unsigned subleaves = a;
@@ -42,6 +57,7 @@ struct Cpu {
         avx512_bf16 = avx512;
 #else
         avx512_bf16 = avx512 && vbmi && subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+        amx = avx512_bf16 && tmm && tiles && may_use_tiles();
 #endif
     }
 };
@@ -51,6 +67,7 @@ const Cpu& cpu() {
     return found;
 }
 
+bool runs_amx() { return cpu().amx; }
 bool runs_avx512_bf16() { return cpu().avx512_bf16; }
 bool runs_avx512() { return cpu().avx512; }
 bool runs_avx2() { return cpu().avx2; }

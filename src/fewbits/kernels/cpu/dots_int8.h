@@ -229,7 +229,7 @@ void add_products(const typename Kind::X* x, int64_t x_stride, const float* scal
     }
 }
 
-#if FEWBITS_AVX512
+#if FEWBITS_AVX512 && !FEWBITS_AMX
 // A block of q that is wanted next: comes into the second-level cache, some lines at a time.
 struct Coming {
     const int8_t* at;

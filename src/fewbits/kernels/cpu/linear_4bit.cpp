@@ -1,6 +1,7 @@
-// Products with a 4-bit weight: a few rows of x as it is decoded, more through decoded panels.
+// Products with a 4-bit weight: a few rows of x as it is decoded, more through decoded panels or, in bf16, by tiles.
 #include "few_rows_4bit.h"
 #include "panels.h"
+#include "tiles_4bit.h"
 
 namespace fewbits {
 namespace FEWBITS_LEVEL {
@@ -159,7 +160,10 @@ struct Columns4Bit {
 }  // namespace
 
 void linear_4bit(const Linear4Bit& a) {
-#if FEWBITS_BF16
+#if FEWBITS_AMX
+    constexpr int64_t LESS = 3;  // rows of x that other products take less time for (measured on a Sapphire Rapids)
+    if (a.rows > LESS && serves_tiles(a)) return linear_tiles(a);
+#elif FEWBITS_BF16
     if (a.dtype == BFLOAT16 && serves_few(a, FEW) && linear_few<Bf16Codes>(a)) return;
 #elif FEWBITS_AVX2
     if (a.dtype != FLOAT32 && serves_few(a, FEW) && linear_few<Int16Codes>(a)) return;

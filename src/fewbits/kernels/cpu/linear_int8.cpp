@@ -3,13 +3,15 @@
 // There are three ways. All of them multiply some rows of x by 4 rows of q at a time:
 //   few rows       q is made fp32 in registers: what takes the time is reading it
 //   LLM.int8()     rows of x in one 8-bit digit or two, sums of integers; columns with outliers are added in fp32. With
-//                  many rows of x, 64 rows of q are put in an order first in which nothing is added up across lanes
+//                  many rows of x, 64 rows of q are put in an order first in which nothing is added up across lanes, or,
+//                  with AMX, multiplied by tiles
 //   fp32           a block of q is made fp32 first: without a threshold, or with outliers in very many columns
 // Sums over a block of columns are added up in fp32, scaled, and rounded once.
 #include "decode_int8.h"
 #include "dots_int8.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "tiles_int8.h"
 
 namespace fewbits {
 namespace FEWBITS_LEVEL {
@@ -220,6 +222,60 @@ void linear_fp32(const LinearInt8& a, int64_t row, int64_t rows) {
 }
 
 #if FEWBITS_INTEGERS
+// Rows of x in 8 bits: codes [digits, rows, stride], with zeros past the last column, and scales [digits, rows].
+struct CodedRows {
+    const Code* codes;
+    int64_t stride, rows, digits;
+    const float* scale;
+    int64_t all() const { return digits * rows; }
+};
+
+// Some rows of q that are multiplied together, and those that this thread probably takes next.
+struct Panel {
+    const int8_t* q;
+    int64_t k, count;
+    const int8_t* next;
+    int64_t next_count;
+};
+
+// Each of these adds x q^T to sums [rows, PANEL]: integers are exact, so what is added are the same bits.
+
+void add_panel_by_rows(const CodedRows& x, const Panel& w, int64_t block, float* sums) {
+    const int64_t k = w.k, parts = ceil_div(k, block) * x.digits;
+    const Ahead ahead = {reinterpret_cast<const char*>(w.next), w.next_count * k / 64};
+    int32_t offsets[PANEL] = {};
+    for (int64_t at = 0, part = 0; at < k; at += block) {
+        const int64_t columns = least(block, k - at);
+#if FEWBITS_AVX512
+        row_offsets(w.q + at, k, w.count, columns, offsets);
+#endif
+        for (int64_t digit = 0; digit < x.digits; digit++, part++)
+            add_products<Integers>(x.codes + digit * x.rows * x.stride + at, x.stride, x.scale + digit * x.rows, x.rows,
+                                   w.q + at, k, w.count, columns, offsets, sums, ahead.part(part, parts));
+    }
+}
+
+#if FEWBITS_AVX512 && !FEWBITS_AMX
+void add_panel_in_order(const CodedRows& x, const Panel& w, int64_t block, float* sums) {
+    const int64_t k = w.k;
+    int8_t* packed = static_cast<int8_t*>(scratch(2, PANEL * round_up(block, 64)));
+    int32_t offsets[PANEL] = {};
+    for (int64_t at = 0; at < k; at += block) {
+        const int64_t columns = least(block, k - at);
+        row_offsets(w.q + at, k, w.count, columns, offsets);
+        pack(w.q + at, k, w.count, columns, packed);
+        const int64_t later = at + block < k ? at + block : 0;  // of this panel, or the next one's first
+        const int64_t rows_later = later ? w.count : w.next_count, lines = ceil_div(least(block, k - later), 64);
+        Coming coming = {later ? w.q + later : w.next, k, rows_later, lines, 0};
+        const int64_t steps = ceil_div(x.all(), Integers::ROWS) * ceil_div(columns, 64);
+        const int64_t burst = ceil_div(rows_later * lines, steps);
+        for (int64_t digit = 0; digit < x.digits; digit++)
+            add_packed(x.codes + digit * x.rows * x.stride + at, x.stride, x.scale + digit * x.rows, x.rows, packed,
+                       columns, offsets, sums, coming, burst);
+    }
+}
+#endif
+
 // ROW_BLOCK rows from ``row`` on, x in 8 bits; absmax: by row of x
 void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float* absmax, const Outliers& outliers) {
     const int64_t n = a.w.n, k = a.w.k, stride = row_stride(k, sizeof(Code));
@@ -246,47 +302,38 @@ void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float
         }
     });
 
+    const CodedRows x = {codes, stride, rows, a.digits, scale};
     const int64_t block = column_block(k, Integers::ROWS * sizeof(Code), CODE_BYTES);
-#if FEWBITS_AVX512
-    const bool packed = all >= (k > block ? 32 : 96) && n >= 2 * PANEL * a.threads;  // measured on a Zen 4
-    const int64_t panel = packed ? PANEL : panel_rows(a.w, a.threads);
-#else
-    const int64_t panel = panel_rows(a.w, a.threads);
+    bool by_rows = true;
+    int64_t panel = PANEL;
+#if FEWBITS_AMX
+    if (n < 2 * PANEL * a.threads) panel = BLOCK;
+    char* x_tiles = nullptr;
+    if (all > TILED_ROWS && k <= MOST_COLUMNS) {
+        by_rows = false;
+        const int64_t pair_bytes = round_up(k, ROW_BYTES) * BLOCK;
+        x_tiles = static_cast<char*>(scratch(5, ceil_div(all, BLOCK) * pair_bytes));
+        parallel_for(threads_for(a), ceil_div(all, SIDE), [&](int64_t tile) {
+            order_tiles(codes + tile * SIDE * stride, stride, least(SIDE, all - tile * SIDE), k,
+                        x_tiles + tile / 2 * pair_bytes + tile % 2 * TILE);
+        });
+    }
+#elif FEWBITS_AVX512
+    by_rows = all < (k > block ? 32 : 96) || n < 2 * PANEL * a.threads;  // measured on a Zen 4
 #endif
+    if (by_rows) panel = panel_rows(a.w, a.threads);
     parallel_for(a.threads, ceil_div(n, panel), [&](int64_t index) {
         const int64_t first = index * panel, count = least(panel, n - first), next = first + panel * a.threads;
         float* sums = static_cast<float*>(scratch(0, (rows + 1) * PANEL * sizeof(float)));
         memset(sums, 0, rows * PANEL * sizeof(float));
         const int8_t* q = a.w.q + first * k;
-        // while this panel is multiplied, the one that this thread probably takes next comes
-        const Ahead ahead = {reinterpret_cast<const char*>(a.w.q + next * k), most(least(panel, n - next), 0) * k / 64};
-        const int64_t parts = ceil_div(k, block) * a.digits;
-        int32_t offsets[PANEL] = {};
-        for (int64_t at = 0, part = 0; at < k; at += block) {
-            const int64_t columns = least(block, k - at);
-#if FEWBITS_AVX512
-            row_offsets(q + at, k, count, columns, offsets);
+        const Panel w = {q, k, count, a.w.q + next * k, most(least(panel, n - next), 0)};
+        if (by_rows) add_panel_by_rows(x, w, block, sums);
+#if FEWBITS_AMX
+        else add_panel_by_tiles(x_tiles, scale, rows, all, q, k, count, w.next, w.next_count, sums);
+#elif FEWBITS_AVX512
+        else add_panel_in_order(x, w, block, sums);
 #endif
-#if FEWBITS_AVX512
-            if (packed) {  // the same bits: integers are exact, and added up in the same order
-                int8_t* of_panel = static_cast<int8_t*>(scratch(2, PANEL * round_up(block, 64)));
-                pack(q + at, k, count, columns, of_panel);
-                const int64_t later = at + block < k ? at + block : 0;  // of this panel, or the next one's first
-                const int64_t rows_later = later ? count : most(least(panel, n - next), 0);
-                const int64_t lines = ceil_div(least(block, k - later), 64);
-                Coming coming = {later ? q + later : a.w.q + next * k, k, rows_later, lines, 0};
-                const int64_t steps = ceil_div(all, Integers::ROWS) * ceil_div(columns, 64);
-                const int64_t burst = ceil_div(rows_later * lines, steps);
-                for (int64_t digit = 0; digit < a.digits; digit++)
-                    add_packed(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, of_panel,
-                               columns, offsets, sums, coming, burst);
-                continue;
-            }
-#endif
-            for (int64_t digit = 0; digit < a.digits; digit++, part++)
-                add_products<Integers>(codes + digit * rows * stride + at, stride, scale + digit * rows, rows, q + at,
-                                       k, count, columns, offsets, sums, ahead.part(part, parts));
-        }
         if (outliers.count) {
             float* w = static_cast<float*>(scratch(1, outliers.count * PANEL * sizeof(float)));
             memset(w, 0, outliers.count * PANEL * sizeof(float));

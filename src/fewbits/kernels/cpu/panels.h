@@ -8,6 +8,7 @@
 
 #include "parallel.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace fewbits {
 namespace FEWBITS_LEVEL {
@@ -67,12 +68,12 @@ struct Bf16Step {
     static INLINE_METHOD Floats add(Floats sum, Ints w, uint32_t x) {
         return dot_bf16(sum, w, _mm512_set1_epi32(static_cast<int>(x)));
     }
+    static constexpr Order16 PAIRS = {{0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
+                                       16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31}};
     // of bf16, 32 columns at a time
     static void order(const Product& p, int64_t first, int64_t count, int64_t k, int64_t depth, int64_t there,
                       uint32_t* to) {
         static_assert(TILE_ROWS <= LANES);
-        static constexpr Order16 PAIRS = {{0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
-                                           16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31}};
         const uint16_t* from = static_cast<const uint16_t*>(p.x) + first * p.x_stride + k;
         const __mmask16 rows = static_cast<__mmask16>((1 << count) - 1);
         for (int64_t i = 0; i < depth; i += 32, to += LANES * count) {
@@ -158,11 +159,17 @@ static void store_rows(const Product& p, int64_t first, int64_t rows, int64_t co
     }
 }
 
+// Columns of a panel: fewer if that leaves threads without work.
+static int64_t panel_width(int64_t columns, int64_t threads) {
+    int64_t width = PANEL_WIDTH;
+    while (width > TILE_WIDTH && ceil_div(columns, width) < 4 * threads) width /= 2;
+    return width;
+}
+
 template <class Step, class Weight>
 static void multiply_panels_as(const Weight& weight, const Product& p) {
     const int64_t depth = weight.depth(), columns = weight.width(), padded = ceil_div(depth, 8) * 8;
-    int64_t width = PANEL_WIDTH;  // narrower if that leaves threads without work
-    while (width > TILE_WIDTH && ceil_div(columns, width) < 4 * p.threads) width /= 2;
+    const int64_t width = panel_width(columns, p.threads);
     for (int64_t first = 0; first < p.rows; first += PANEL_ROWS) {
         const Tiles tiles(least(PANEL_ROWS, p.rows - first));
         uint32_t* x = static_cast<uint32_t*>(scratch(4, static_cast<size_t>(tiles.rows * padded / Step::PER_WORD) * 4));
@@ -188,12 +195,62 @@ static void multiply_panels_as(const Weight& weight, const Product& p) {
     }
 }
 
+#if FEWBITS_AMX
+// The same in bf16 by tiles: the left operand is x, with zeros past its last row and column, the right one a strip.
+template <class Weight>
+static void multiply_panels_by_tiles(const Weight& weight, const Product& p) {
+    constexpr int64_t STEP = 32;  // columns of a tile of x
+    static_assert(TILE_WIDTH == BLOCK && MOST_DEPTH % STEP == 0);
+    const int64_t depth = weight.depth(), columns = weight.width(), padded = ceil_div(depth, STEP) * STEP;
+    const int64_t width = panel_width(columns, p.threads);
+    for (int64_t first = 0; first < p.rows; first += PANEL_ROWS) {
+        const int64_t rows = least(PANEL_ROWS, p.rows - first), pairs = ceil_div(rows, BLOCK);
+        char* x = static_cast<char*>(scratch(4, static_cast<size_t>(pairs * padded * BLOCK) * 2));
+        parallel_for(p.threads, pairs, [&](int64_t pair) {
+            const uint16_t* from = static_cast<const uint16_t*>(p.x) + (first + pair * BLOCK) * p.x_stride;
+            const int64_t there = least(BLOCK, rows - pair * BLOCK);
+            char* to = x + pair * padded * BLOCK * 2;
+            for (int64_t k = 0; k < padded; k += STEP)
+                for (int64_t m = 0; m < BLOCK; m++, to += ROW_BYTES)
+                    store_ints(to, m < there ? ordered_16(from + m * p.x_stride + k, depth - k, Bf16Step::PAIRS) : Ints{});
+        });
+        parallel_for(p.threads, ceil_div(columns, width), [&](int64_t index) {
+            uint32_t* strip = static_cast<uint32_t*>(scratch(0, static_cast<size_t>(MOST_DEPTH * TILE_WIDTH) * 2));
+            float* sums = static_cast<float*>(scratch(2, static_cast<size_t>(pairs * BLOCK * BLOCK) * 4));
+            const TilesInUse in_use;
+            for (int64_t column = index * width; column < least(columns, (index + 1) * width); column += TILE_WIDTH) {
+                for (int64_t k = 0; k < padded; k += MOST_DEPTH) {
+                    const int64_t part = least(MOST_DEPTH, padded - k), there = least(part, ceil_div(depth - k, 8) * 8);
+                    weight.template decode<Bf16Step>(k, there, column, strip);
+                    memset(strip + there / 2 * TILE_WIDTH, 0, static_cast<size_t>((part - there) / 2 * TILE_WIDTH) * 4);
+                    const TileRows right = {reinterpret_cast<const char*>(strip), SIDE * 2 * ROW_BYTES, ROW_BYTES,
+                                            2 * ROW_BYTES};
+                    for (int64_t pair = 0; pair < pairs; pair++) {
+                        const TileRows left = tiles_in_order(x + (pair * padded + k) * BLOCK * 2);
+                        float* to = sums + pair * BLOCK * BLOCK;
+                        const auto nothing = [](int64_t) {};
+                        if (rows - pair * BLOCK > SIDE)
+                            multiply_tiles<Bf16Tiles, true, true>(left, right, part / STEP, to, k == 0, nothing);
+                        else
+                            multiply_tiles<Bf16Tiles, false, true>(left, right, part / STEP, to, k == 0, nothing);
+                    }
+                }
+                for (int64_t m = 0; m < rows; m += BLOCK)
+                    store_rows(p, first + m, least(BLOCK, rows - m), column, BLOCK, columns, sums + m * BLOCK);
+            }
+        });
+    }
+}
+#endif
+
 // out [rows, width] = x [rows, depth] times the panels of a weight [depth, width], which has
 //     depth(), width()
 //     decode<Step>(k, depth, column, strip)   for depth % 8 == 0, with zeros past the weight's edges
 template <class Weight>
 static void multiply_panels(const Weight& weight, const Product& p) {
-#if FEWBITS_BF16
+#if FEWBITS_AMX
+    if (p.dtype == BFLOAT16) return multiply_panels_by_tiles(weight, p);
+#elif FEWBITS_BF16
     if (p.dtype == BFLOAT16) return multiply_panels_as<Bf16Step>(weight, p);
 #endif
     multiply_panels_as<Float32Step>(weight, p);

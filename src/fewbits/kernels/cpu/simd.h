@@ -8,10 +8,13 @@
 
 #include "kernels.h"
 
-#if defined(FEWBITS_IS_avx512_bf16)
+#if defined(FEWBITS_IS_amx)
+#define FEWBITS_AMX 1
+#endif
+#if defined(FEWBITS_IS_amx) || defined(FEWBITS_IS_avx512_bf16)
 #define FEWBITS_BF16 1
 #endif
-#if defined(FEWBITS_IS_avx512_bf16) || defined(FEWBITS_IS_avx512)
+#if defined(FEWBITS_BF16) || defined(FEWBITS_IS_avx512)
 #define FEWBITS_AVX512 1
 #include <immintrin.h>
 #elif defined(FEWBITS_IS_avx2)
@@ -22,6 +25,9 @@
 #include <arm_neon.h>
 #endif
 // each is 0 or 1, so that C++ can ask as well
+#ifndef FEWBITS_AMX
+#define FEWBITS_AMX 0
+#endif
 #ifndef FEWBITS_BF16
 #define FEWBITS_BF16 0
 #endif
