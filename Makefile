@@ -8,11 +8,16 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
+# These work in one thread, or wait for processes of their own: two of them at a time.
+ONE_THREAD := $(addprefix tests/test_,atomic.py compile.py cuda_emulated.py triton.py)
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(ONE_THREAD:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ONE_THREAD)
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ONE_THREAD:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ONE_THREAD)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import random
 import shutil
 import struct
@@ -34,14 +35,16 @@ def compiled(file: str, defines: tuple[tuple[str, int], ...], folder: Path) -> P
     source = "\n".join([HEADER.read_text(), nvrtc.source_of(file), LAUNCH.format(name=Path(file).stem)])
     options = (*OPTIONS, *CHECKS, "-DEMULATED", *(f"-D{name}={value}" for name, value in defines))
     known = hashlib.sha256("\0".join((source, *options)).encode()).hexdigest()[:32]
-    library, machine_code = (folder / f"{Path(file).stem}-{known}.{suffix}" for suffix in ("so", "o"))
+    library, machine_code = (folder / f"{Path(file).stem}-{known}.{suffix}" for suffix in ("so", f"{os.getpid()}.o"))
     if not library.exists():
+        ours = library.with_suffix(f".{os.getpid()}")  # other processes may be compiling it, too
         compiling = *options, "-c", "-x", "c++", "-", "-o", machine_code
-        linking = "-shared", "-pthread", machine_code, "-o", library
+        linking = "-shared", "-pthread", machine_code, "-o", ours
         for arguments in (compiling, linking):
             done = subprocess.run([COMPILER, *arguments], input=source, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{file} with {defines} does not compile:\n{done.stderr[:4000]}")
+        ours.replace(library)
     return library
 
 
@@ -89,7 +92,8 @@ def cuda(monkeypatch, tmp_path_factory, limits):
     """The CUDA backend, which takes tensors on the CPU."""
     if COMPILER is None:
         pytest.skip("the emulator needs g++, on Linux")
-    folder = tmp_path_factory.getbasetemp() / "emulated"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"  # of all processes of a run
     folder.mkdir(exist_ok=True)
 
     @functools.cache
