@@ -286,6 +286,18 @@ def in_a_process(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def keep(result: dict[str, Any], part: str, rows: list[dict[str, Any]], *, levels: bool = False) -> None:
+    """Show rows and write the result with them, so that a run that is ended leaves what it has measured."""
+    for row in rows:
+        if levels:
+            print(f"{part}: ", end="")
+        show(row)
+    within = result["levels"] if levels else result
+    within[part] = within.get(part, []) + rows
+    name = "linear-cpu-amx.json" if result["level"] == "amx" else "linear-cpu.json"
+    (Path(__file__).parent / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="linear.py --device cpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="NxK")
@@ -303,23 +315,12 @@ def main(argv: list[str]) -> None:
         print(json.dumps(products(shapes[0], args.formats, list(args.rows), args.seconds, args.child)))
         return
     print(f"{facts('cpu')['device']}, {threads} threads, {level()}; µs a call")
-    rows: list[dict[str, Any]] = []
+    result = {**facts("cpu"), "level": level(), "rows": [], "levels": {}, "conversions": []}
     for shape in shapes:
-        found = products(shape, args.formats, list(args.rows), args.seconds)
-        for row in found:
-            show(row)
-        rows += found
-    others = {name: in_a_process(name, args) for name in args.levels}
-    for name, found in others.items():
-        for row in found:
-            print(f"{name}: ", end="")
-            show(row)
-    converted = conversions(args.seconds, peers=True)
-    for row in converted:
-        show(row)
-    result = {**facts("cpu"), "level": level(), "rows": rows, "levels": others, "conversions": converted}
-    name = "linear-cpu-amx.json" if level() == "amx" else "linear-cpu.json"
-    target = Path(__file__).parent / "results" / name
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    targets = [t for row in (*rows, *itertools.chain(*others.values()), *converted) for t in row["targets"]]
+        keep(result, "rows", products(shape, args.formats, list(args.rows), args.seconds))
+    keep(result, "conversions", conversions(args.seconds, peers=True))
+    for name in args.levels:
+        keep(result, name, in_a_process(name, args), levels=True)
+    rows = itertools.chain(result["rows"], result["conversions"], *result["levels"].values())
+    targets = [target for row in rows for target in row["targets"]]
     print(f"{sum(not t['met'] for t in targets)} of {len(targets)} bounds missed")

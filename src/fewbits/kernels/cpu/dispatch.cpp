@@ -50,12 +50,12 @@ struct Cpu {
         const bool vbmi = c >> 1 & 1, vnni = c >> 11 & 1;
         const bool tiles = d >> 22 & 1 && d >> 24 & 1 && d >> 25 & 1;  // with products of bf16 and of 8 bits
         avx2 = ymm && (b >> 5 & 1) && fma && f16c;
+#ifdef FEWBITS_EMULATE
+        (void)zmm, (void)tmm, (void)wanted, (void)vbmi, (void)vnni, (void)tiles, (void)may_use_tiles;
+        avx512 = avx512_bf16 = amx = avx2;
+#else
         avx512 = avx2 && zmm && (b & wanted) == wanted && vnni;
         const unsigned subleaves = a;
-#ifdef FEWBITS_EMULATE_BF16
-        (void)vbmi, (void)subleaves;
-        avx512_bf16 = avx512;
-#else
         avx512_bf16 = avx512 && vbmi && subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
         amx = avx512_bf16 && tmm && tiles && may_use_tiles();
 #endif

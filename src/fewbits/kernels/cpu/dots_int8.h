@@ -36,7 +36,13 @@ struct Integers {
     INLINE Register load_x(const X* x) { return _mm512_loadu_si512(x); }
     INLINE Register load_q(const Q* q) { return _mm512_loadu_si512(q); }
     // in assembly since GCC 12 spills the accumulators of the intrinsic
-    INLINE void add(Register& sum, Register x, Register q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(q)); }
+    INLINE void add(Register& sum, Register x, Register q) {
+#ifdef FEWBITS_EMULATE
+        sum = emulated::dpbusd(sum, x, q);
+#else
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(q));
+#endif
+    }
     INLINE FourInts total(Register a, Register b, Register c, Register d) {
         a = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         c = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));

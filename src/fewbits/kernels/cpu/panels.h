@@ -211,8 +211,10 @@ static void multiply_panels_by_tiles(const Weight& weight, const Product& p) {
             const int64_t there = least(BLOCK, rows - pair * BLOCK);
             char* to = x + pair * padded * BLOCK * 2;
             for (int64_t k = 0; k < padded; k += STEP)
-                for (int64_t m = 0; m < BLOCK; m++, to += ROW_BYTES)
-                    store_ints(to, m < there ? ordered_16(from + m * p.x_stride + k, depth - k, Bf16Step::PAIRS) : Ints{});
+                for (int64_t m = 0; m < BLOCK; m++, to += ROW_BYTES) {
+                    const uint16_t* of_row = from + m * p.x_stride + k;
+                    store_ints(to, m < there ? ordered_16(of_row, depth - k, Bf16Step::PAIRS) : Ints{});
+                }
         });
         parallel_for(p.threads, ceil_div(columns, width), [&](int64_t index) {
             uint32_t* strip = static_cast<uint32_t*>(scratch(0, static_cast<size_t>(MOST_DEPTH * TILE_WIDTH) * 2));

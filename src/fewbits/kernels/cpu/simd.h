@@ -42,7 +42,9 @@
 #endif
 
 // loops over arrays of vectors have to be unrolled, or the arrays are in memory
-#if defined(__clang__)
+#if defined(FEWBITS_EMULATE)
+#define UNROLL
+#elif defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
@@ -51,7 +53,7 @@
 #define INLINE_METHOD inline __attribute__((always_inline))
 
 // a value that was loaded stays in a register: GCC otherwise loads it again for every use
-#if FEWBITS_AVX512
+#if FEWBITS_AVX512 && !defined(FEWBITS_EMULATE)
 #define KEEP(v) asm("" : "+v"(v))
 #elif FEWBITS_AVX2
 #define KEEP(v) asm("" : "+x"(v))
@@ -393,24 +395,14 @@ INLINE void to_floats(int64_t dtype, const void* from, int64_t index, int64_t co
 // ------------------------------------------------------------------------------------------- products in bf16
 
 #if FEWBITS_BF16
-#ifdef FEWBITS_EMULATE_BF16  // what newer CPUs have, in the instructions of older ones, to test this level there
-INLINE Floats dot_bf16(Floats c, Ints a, Ints b) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    const __m512 a1 = _mm512_castsi512_ps(_mm512_and_si512(a, upper));
-    const __m512 b1 = _mm512_castsi512_ps(_mm512_and_si512(b, upper));
-    const __m512 a0 = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), b0 = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
-    return _mm512_fmadd_ps(a0, b0, _mm512_fmadd_ps(a1, b1, c));
-}
-INLINE Ints pair_bf16(Floats low, Floats high) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    return _mm512_or_si512(
-        _mm512_srli_epi32(rounded_to_bf16(low), 16), _mm512_and_si512(rounded_to_bf16(high), upper));
-}
-#else
 // c + the products of both bf16 of each lane. In assembly since GCC 12 spills the accumulators of the intrinsic.
 INLINE Floats dot_bf16(Floats c, Ints a, Ints b) {
+#ifdef FEWBITS_EMULATE
+    return emulated::dpbf16(c, a, b);
+#else
     asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "vm"(b));
     return c;
+#endif
 }
 // in each lane the rounded low, and above it the rounded high
 INLINE Ints pair_bf16(Floats low, Floats high) {
@@ -418,7 +410,6 @@ INLINE Ints pair_bf16(Floats low, Floats high) {
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
-#endif
 // 32 numbers of 16 bits in some order, with zeros past the first `count` ones; nothing is read there
 struct Order16 {
     uint16_t of[32];

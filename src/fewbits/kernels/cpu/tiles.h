@@ -16,6 +16,12 @@ constexpr int64_t ROW_BYTES = 64;           // of a row
 constexpr int64_t TILE = SIDE * ROW_BYTES;  // bytes
 constexpr int64_t BLOCK = 2 * SIDE;         // rows and columns of the sums that are in tiles at a time
 
+#ifdef FEWBITS_EMULATE
+#define TILES(emulated, ...) emulated
+#else
+#define TILES(emulated, ...) asm volatile(__VA_ARGS__)
+#endif
+
 // This thread's tiles while it lives. Before and after they are empty, and cost nothing to save.
 class TilesInUse {
    public:
@@ -26,9 +32,9 @@ class TilesInUse {
             uint8_t rows[16] = {};
         } shapes;
         for (int i = 0; i < 8; i++) shapes.row_bytes[i] = ROW_BYTES, shapes.rows[i] = SIDE;
-        asm volatile("ldtilecfg %0" ::"m"(shapes));
+        TILES(emulated::use_tiles(true), "ldtilecfg %0" ::"m"(shapes));
     }
-    ~TilesInUse() { asm volatile("tilerelease" ::: "memory"); }
+    ~TilesInUse() { TILES(emulated::use_tiles(false), "tilerelease" ::: "memory"); }
     TilesInUse(const TilesInUse&) = delete;
     TilesInUse& operator=(const TilesInUse&) = delete;
 };
@@ -36,27 +42,31 @@ class TilesInUse {
 // In assembly since the intrinsics of GCC 12 do not tell the compiler that they read and write memory.
 template <int tile>
 INLINE void tile_zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
+    TILES(emulated::tile(tile) = {}, "tilezero %%tmm%c0" ::"i"(tile));
 }
 template <int tile>
 INLINE void tile_load(const void* from, int64_t row_bytes) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(tile) : "memory");
+    TILES(emulated::tile_load(tile, from, row_bytes), "tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes),
+          "i"(tile) : "memory");
 }
 template <int tile>
 INLINE void tile_store(void* to, int64_t row_bytes) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(tile) : "memory");
+    TILES(emulated::tile_store(tile, to, row_bytes), "tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes),
+          "i"(tile) : "memory");
 }
 
 struct Bf16Tiles {
     template <int sums, int left, int right>
     static INLINE_METHOD void add() {
-        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left), "i"(right));
+        TILES(emulated::dpbf16_tiles(sums, left, right), "tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums),
+              "i"(left), "i"(right));
     }
 };
 struct Int8Tiles {
     template <int sums, int left, int right>
     static INLINE_METHOD void add() {
-        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left), "i"(right));
+        TILES(emulated::dpbssd_tiles(sums, left, right), "tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(left),
+              "i"(right));
     }
 };
 
@@ -69,8 +79,8 @@ struct TileRows {
 // Where they are put in order: [steps][2][SIDE][ROW_BYTES].
 INLINE TileRows tiles_in_order(const void* at) { return {static_cast<const char*>(at), 2 * TILE, TILE, ROW_BYTES}; }
 
-// Sums are in tiles 0 to 3, of the upper and the lower row of tiles of the left operand with the first and the second one
-// of the right. Without the other of an operand, what is in its tiles is not touched.
+// Sums are in tiles 0 to 3, of the upper and the lower row of tiles of the left operand with the first and the second
+// one of the right. Without the other of an operand, what is in its tiles is not touched.
 template <bool two_left, bool two_right>
 INLINE void zero_sums() {
     tile_zero<0>();

@@ -28,24 +28,35 @@ bool serves_tiles(const Linear4Bit& a) {
 // Scales of the half chunks of a row from column k on, zeros past its end.
 void scales_of_row(const Weight4Bit& w, int64_t n, int64_t k, int64_t count, float* scales) {
     const int64_t first = (n * w.k + k) / HALF, there = least(count, (w.k - k) / HALF), per_block = w.block_size / HALF;
-    int64_t i = 0;
-    if (w.nested_absmax != nullptr && per_block == 1) {
+    if (per_block > 1) {
+        for (int64_t i = 0; i < there; i++) scales[i] = scale_of(w, (first + i) / per_block);
+    } else if (w.nested_absmax == nullptr) {
+        memcpy(scales, static_cast<const float*>(w.absmax) + first, static_cast<size_t>(there) * 4);
+    } else {
         const uint8_t* codes = static_cast<const uint8_t*>(w.absmax) + first;
         const Floats offset = splat(*w.nested_offset);
-        for (; i < there; i += LANES) {
+        for (int64_t i = 0; i < there; i += LANES) {
             const int64_t here = least(LANES, there - i), nested = (first + i) / NESTED_BLOCK;
             const int64_t same = least(here, (nested + 1) * NESTED_BLOCK - first - i);  // scale of scales
-            const Ints code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1 << here) - 1), codes + i));
+            const __mmask16 present = static_cast<__mmask16>((1 << here) - 1);
+            const Ints code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, codes + i));
             Floats nested_scale = splat(w.nested_absmax[nested]);
             if (same < here)
                 nested_scale = _mm512_mask_mov_ps(splat(w.nested_absmax[nested + 1]),
                                                   static_cast<__mmask16>((1 << same) - 1), nested_scale);
             store(scales + i, _mm512_i32gather_ps(code, w.dynamic, 4) * nested_scale + offset);
         }
-    } else {
-        for (; i < there; i++) scales[i] = scale_of(w, (first + i) / per_block);
     }
-    for (i = there; i < count; i++) scales[i] = 0;
+    for (int64_t i = there; i < count; i++) scales[i] = 0;
+}
+
+// Scales of so many elements that are wanted later: too few of a row for the hardware to foresee.
+INLINE void fetch_scales(const Weight4Bit& w, int64_t element, int64_t count) {
+    const int64_t size = w.nested_absmax == nullptr ? 4 : 1;
+    const int64_t begin = element / w.block_size * size, end = (element + count) / w.block_size * size;
+    const uint8_t* at = static_cast<const uint8_t*>(w.absmax);
+    for (int64_t i = begin; i < end; i += 64) fetch(at + i);
+    fetch(at + most(begin, end - 1));
 }
 
 // Decodes a chunk of a row, or what it has of one, to a row of each of its tiles.
@@ -69,15 +80,15 @@ struct TileDecoder {
     }
 };
 
-// BLOCK rows of the weight from n on, columns k to k + depth, whole chunks: to tiles [depth / 32][2][16, 32], zeros past
-// the last row and column. It is decoded a chunk of a row at a time, row by row; as it is, so many rows of what is wanted
-// later come into the second-level cache.
+// BLOCK rows of the weight from n on, columns k to k + depth, whole chunks: to tiles [depth / 32][2][16, 32], zeros
+// past the last row and column. It is decoded a chunk of a row at a time, row by row; as it is, so many rows of what is
+// wanted later, from an element on, come into the second-level cache.
 struct WeightPart {
     const Weight4Bit* w;
     int64_t n, k, depth;
     char* tiles;
-    const uint8_t* later;
-    int64_t rows_later, row = 0, column = 0;
+    int64_t later, rows_later;
+    int64_t row = 0, column = 0;
     float scales[PART / HALF] = {};
 
     int64_t chunks() const { return BLOCK * (depth / CHUNK); }
@@ -89,8 +100,12 @@ struct WeightPart {
             if (n + row >= w->n) {
                 UNROLL for (int step = 0; step < STEPS; step++) store_ints(to + step * 2 * TILE, Ints{});
             } else {
-                if (column == 0) scales_of_row(*w, n + row, k, depth / HALF, scales);
-                if (row < rows_later) __builtin_prefetch(later + (row * w->k + column) / 2, 0, 2);
+                const int64_t ahead = later + row * w->k + column;
+                if (column == 0) {
+                    scales_of_row(*w, n + row, k, depth / HALF, scales);
+                    if (row < rows_later) fetch_scales(*w, ahead, least(depth, w->k - ahead % w->k));
+                }
+                if (row < rows_later) fetch(w->packed + ahead / 2);
                 const uint8_t* codes = w->packed + ((n + row) * w->k + k + column) / 2;
                 decoder.decode(codes, w->k - k - column, scales + column / HALF, to);
             }
@@ -136,8 +151,8 @@ void store_turned(const Linear4Bit& a, int64_t row, int64_t rows, int64_t n, con
     }
 }
 
-// sums [BLOCK, BLOCK] of rows of the weight from n on and one or two tiles of x: a chunk of them is decoded while the one
-// before is multiplied. Rows from `next` on are what this thread probably takes next.
+// sums [BLOCK, BLOCK] of rows of the weight from n on and one or two tiles of x: a chunk of them is decoded while the
+// one before is multiplied. Rows from `next` on are what this thread probably takes next.
 template <bool two>
 void multiply_few(const Weight4Bit& w, int64_t n, int64_t next, const char* x, float* sums) {
     constexpr int64_t ROWS_A_STEP = BLOCK / STEPS;
@@ -145,7 +160,8 @@ void multiply_few(const Weight4Bit& w, int64_t n, int64_t next, const char* x, f
     alignas(64) char tiles[2][STEPS * 2 * TILE];
     alignas(64) float scales[BLOCK][PART / HALF] = {};
     const TileDecoder decoder(w);
-    const int64_t chunks = ceil_div(w.k, CHUNK), rows = least(BLOCK, w.n - n), row_bytes = w.k / 2;
+    const int64_t chunks = ceil_div(w.k, CHUNK), row_bytes = w.k / 2;
+    const int64_t rows = least(BLOCK, w.n - n), rows_next = least(BLOCK, w.n - next);
     if (rows < BLOCK) memset(tiles, 0, sizeof tiles);
     zero_sums<true, two>();
     for (int64_t c = 0; c <= chunks; c++) {
@@ -153,12 +169,16 @@ void multiply_few(const Weight4Bit& w, int64_t n, int64_t next, const char* x, f
         if (k % PART == 0)
             for (int64_t r = 0; r < rows; r++)
                 scales_of_row(w, n + r, k, least(PART, (chunks - c) * CHUNK) / HALF, scales[r]);
+        // scales of the rows that come next, evenly over all chunks of these
+        const int64_t fetched = rows_next * w.k * c / (chunks + 1), more = rows_next * w.k * (c + 1) / (chunks + 1);
+        if (rows_next > 0) fetch_scales(w, next * w.k + fetched, more - fetched);
         const uint8_t* codes = w.packed + n * row_bytes + k / 2;
         const bool within = c + DISTANCE < chunks;
         const uint8_t* ahead = within ? codes + DISTANCE * (CHUNK / 2)
                                       : w.packed + next * row_bytes + (c + DISTANCE - chunks) * (CHUNK / 2);
-        const int64_t rows_ahead = within ? rows : w.n - next;
-        const TileRows left = tiles_in_order(tiles[(c + 1) % 2]), right = tiles_in_order(x + (c - 1) * STEPS * 2 * TILE);
+        const int64_t rows_ahead = within ? rows : rows_next;
+        const TileRows left = tiles_in_order(tiles[(c + 1) % 2]);
+        const TileRows right = tiles_in_order(x + (c - 1) * STEPS * 2 * TILE);
         UNROLL for (int64_t step = 0; step < STEPS; step++) {
             for (int64_t r = step * ROWS_A_STEP; c < chunks && r < least(rows, (step + 1) * ROWS_A_STEP); r++) {
                 if (r < rows_ahead) __builtin_prefetch(ahead + r * row_bytes, 0, 2);
@@ -171,7 +191,8 @@ void multiply_few(const Weight4Bit& w, int64_t n, int64_t next, const char* x, f
     store_sums<true, two>(sums);
 }
 
-// Rows of the weight from n on with many tiles of x: a part of BLOCK rows is decoded while the one before is multiplied.
+// Rows of the weight from n on with many tiles of x: a part of BLOCK rows is decoded while the one before is
+// multiplied.
 void multiply_many(const Linear4Bit& a, int64_t row, int64_t rows, int64_t n, int64_t width, int64_t next,
                    const char* x) {
     const Weight4Bit& w = a.w;
@@ -185,7 +206,7 @@ void multiply_many(const Linear4Bit& a, int64_t row, int64_t rows, int64_t n, in
         char* tiles = parts + made++ % 2 * PART * BLOCK * 2;
         const bool last = k + depth >= padded;
         const int64_t first = (last ? next : n) + s, column = last ? 0 : k + depth;
-        return WeightPart{&w, n + s, k, depth, tiles, w.packed + (first * w.k + column) / 2, w.n - first};
+        return WeightPart{&w, n + s, k, depth, tiles, first * w.k + column, w.n - first};
     };
     WeightPart part = part_from(0, 0);
     part.decode(decoder, part.chunks());
@@ -215,7 +236,8 @@ void linear_tiles(const Linear4Bit& a) {
     const Weight4Bit& w = a.w;
     const int64_t padded = ceil_div(w.k, CHUNK) * CHUNK;
     for (int64_t row = 0; row < a.rows; row += ROWS_AT_ONCE) {
-        const int64_t rows = least(ROWS_AT_ONCE, a.rows - row), tiles = ceil_div(rows, SIDE), pairs = ceil_div(tiles, 2);
+        const int64_t rows = least(ROWS_AT_ONCE, a.rows - row);
+        const int64_t tiles = ceil_div(rows, SIDE), pairs = ceil_div(tiles, 2);
         char* x = static_cast<char*>(scratch(4, static_cast<size_t>(pairs * padded * BLOCK) * 2));
         parallel_for(a.threads, tiles, [&](int64_t tile) {
             const int64_t first = row + tile * SIDE;

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t TILED_ROWS = 8;          // of codes of x: with more, tiles are faster (measured on a Sapphire Rapids)
 constexpr int64_t MOST_COLUMNS = 1 << 17;  // whose products' sum has 31 bits
 
-// 16 rows of codes of x, of which so many are there, without their offset: every second one of the tiles [columns / 64][2]
-// [16, 16, 4], zeros past the last row. Rows have codes of zero as far as whole tiles.
+// 16 rows of codes of x, of which so many are there, without their offset: every second one of the tiles
+// [columns / 64][2][16, 16, 4], zeros past the last row. Rows have codes of zero as far as whole tiles.
 void order_tiles(const uint8_t* x, int64_t x_stride, int64_t rows, int64_t columns, char* to) {
     const Ints offset = _mm512_set1_epi8(static_cast<char>(Integers::OFFSET));
     for (int64_t at = 0; at < columns; at += ROW_BYTES, to += 2 * TILE) {
@@ -29,8 +29,8 @@ void order_tiles(const uint8_t* x, int64_t x_stride, int64_t rows, int64_t colum
     }
 }
 
-// BLOCK rows of q, of which so many are there: tiles [columns / 64][2][16, 64], zeros past the last column and any numbers
-// past the last row.
+// BLOCK rows of q, of which so many are there: tiles [columns / 64][2][16, 64], zeros past the last column and any
+// numbers past the last row.
 void copy_tiles(const int8_t* q, int64_t rows, int64_t columns, char* to) {
     for (int64_t r = 0; r < BLOCK; r++, to += ROW_BYTES) {
         const int8_t* from = q + least(r, rows - 1) * columns;
@@ -41,8 +41,8 @@ void copy_tiles(const int8_t* q, int64_t rows, int64_t columns, char* to) {
     }
 }
 
-// sums [rows, PANEL] += x q^T * scale for all rows of codes, the first digit's and then the second's, and up to PANEL rows
-// of q [count, k]. So many rows from `next` on are what this thread probably takes next.
+// sums [rows, PANEL] += x q^T * scale for all rows of codes, the first digit's and then the second's, and up to PANEL
+// rows of q [count, k]. So many rows from `next` on are what this thread probably takes next.
 void add_panel_by_tiles(const char* x, const float* scale, int64_t rows, int64_t all, const int8_t* q, int64_t k,
                         int64_t count, const int8_t* next, int64_t rows_next, float* sums) {
     const TilesInUse in_use;
