@@ -151,13 +151,14 @@ def test_many_rows_are_worked_on_in_parts(level):
     _check(cpu_backend.linear_4bit_t(x[:, :40], *state, *spec), x[:, :40], w, torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(334, 2496), (40, 1984), (33, 960)], ids=str)
 @pytest.mark.parametrize("kind", [("nf4", 64, True), ("fp4", 64, False), ("nf4", 192, True)], ids=str)
-def test_many_rows_of_large_weights(kind, level):
-    """More rows of both, and more columns, than are worked on at a time, none of them a whole number of that."""
-    state, spec, w = _weight(kind, (334, 2496))
+def test_many_rows_of_large_weights(kind, shape, level):
+    """More rows of both, and more columns, than are worked on at a time, or not quite as many."""
+    (n, k), (state, spec, w) = shape, _weight(kind, shape)
     before = torch.get_num_threads()
-    for rows in (16, 17, 33, 100, 530):
-        x, bias = torch.randn(rows, 2496).bfloat16(), torch.randn(334)
+    for rows in (4, 16, 17, 33, 100, 530):
+        x, bias = torch.randn(rows, k).bfloat16(), torch.randn(n)
         outs = []
         try:
             for threads in (1, 3):
@@ -167,7 +168,7 @@ def test_many_rows_of_large_weights(kind, level):
             torch.set_num_threads(before)
         _check(outs[0], x, w.t(), torch.bfloat16, bias)
         assert torch.equal(outs[0], outs[1])
-        g = torch.randn(rows, 334).bfloat16()
+        g = torch.randn(rows, n).bfloat16()
         _check(cpu_backend.linear_4bit_t(g, *state, *spec), g, w, torch.bfloat16)
 
 

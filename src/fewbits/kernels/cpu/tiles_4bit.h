@@ -166,7 +166,7 @@ void multiply_few(const Weight4Bit& w, int64_t n, int64_t next, const char* x, f
     zero_sums<true, two>();
     for (int64_t c = 0; c <= chunks; c++) {
         const int64_t k = c * CHUNK;
-        if (k % PART == 0)
+        if (c < chunks && k % PART == 0)
             for (int64_t r = 0; r < rows; r++)
                 scales_of_row(w, n + r, k, least(PART, (chunks - c) * CHUNK) / HALF, scales[r]);
         // scales of the rows that come next, evenly over all chunks of these
