@@ -309,7 +309,7 @@ void linear_integers(const LinearInt8& a, int64_t row, int64_t rows, const float
 #if FEWBITS_AMX
     if (n < 2 * PANEL * a.threads) panel = BLOCK;
     char* x_tiles = nullptr;
-    if (all > TILED_ROWS && k <= MOST_COLUMNS) {
+    if (k <= MOST_COLUMNS) {
         by_rows = false;
         const int64_t pair_bytes = round_up(k, ROW_BYTES) * BLOCK;
         x_tiles = static_cast<char*>(scratch(5, ceil_div(all, BLOCK) * pair_bytes));

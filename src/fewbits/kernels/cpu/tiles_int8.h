@@ -13,7 +13,6 @@ namespace fewbits {
 namespace FEWBITS_LEVEL {
 namespace {
 
-constexpr int64_t TILED_ROWS = 8;          // of codes of x: with more, tiles are faster (measured on a Sapphire Rapids)
 constexpr int64_t MOST_COLUMNS = 1 << 17;  // whose products' sum has 31 bits
 
 // 16 rows of codes of x, of which so many are there, without their offset: every second one of the tiles
